@@ -1,0 +1,1 @@
+"""Side effects, one module per server: frozen values in and out, `rollout.errors` raised, no Prefect."""

@@ -1,0 +1,141 @@
+"""Where a model is rolled out: project, region, universe, cluster, identities, bucket and endpoints."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from rollout.universe import Universe
+from rollout.values import BucketName, KubernetesName, ServiceAccountId, Value
+
+
+class ClusterMode(StrEnum):
+    AUTOPILOT = "autopilot"
+    STANDARD = "standard"
+    KUBECONFIG = "kubeconfig"
+    """Any cluster that a kubeconfig context names; GKE's API is not asked."""
+
+
+class CredentialSource(StrEnum):
+    APPLICATION_DEFAULT = "application-default"
+    """Application Default Credentials: gcloud's login, Workload Identity, or a credentials file."""
+    ANONYMOUS = "anonymous"
+    """No credentials: the embedded cloud, and nothing else."""
+
+
+class IdentityMode(StrEnum):
+    SERVICE_ACCOUNT = "service-account"
+    """The tutorial's way: the Kubernetes service account impersonates a Google service account."""
+    DIRECT = "direct"
+    """Workload Identity Federation's way: the bucket trusts the Kubernetes service account itself."""
+
+
+class WeightsLayout(StrEnum):
+    ROOT = "root"
+    """The tutorial's: one bucket per model, `gs://bucket/config.json`."""
+    CONTENT_ADDRESSED = "content-addressed"
+    """`gs://bucket/<organisation>/<name>/<commit>/`: revisions side by side, a live prefix is never overwritten."""
+
+
+class NodePool(Value):
+    """A GPU node pool of a Standard cluster."""
+
+    name: KubernetesName = "gpu-pool"
+    machine_type: str = "a3-highgpu-1g"
+    accelerator: str = "nvidia-h100-80gb"
+    accelerator_count: Annotated[int, Field(ge=1, le=16)] = 1
+    min_nodes: Annotated[int, Field(ge=0)] = 0
+    max_nodes: Annotated[int, Field(ge=1)] = 2
+    spot: bool = False
+    boot_disk_gib: Annotated[int, Field(ge=10)] = 100
+    """100 GiB: GKE's default; 90 % of it is usable."""
+
+
+class Cluster(Value):
+    """The cluster that serves: created when absent, adopted when present."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")] = "llm-serving"
+    mode: ClusterMode = ClusterMode.AUTOPILOT
+    release_channel: str = "rapid"
+    """`rapid`: the tutorial's choice; the newest accelerators arrive there first."""
+    create_if_absent: bool = True
+    node_pool: NodePool | None = None
+    """Only for a Standard cluster."""
+    observability: bool = True
+    """Managed Prometheus, workload logs, DCGM and auto-monitoring, as the quickstart recommends."""
+    kubeconfig: str | None = None
+    """Path of a kubeconfig file (default: `$KUBECONFIG`, then `~/.kube/config`); only in mode `kubeconfig`."""
+    context: str | None = None
+
+
+class Endpoints(Value):
+    """Addresses that replace the universe's own (the embedded cloud, a private endpoint, a mirror); None keeps it."""
+
+    hub: str | None = None
+    storage: str | None = None
+    container: str | None = None
+    iam: str | None = None
+    cloudresourcemanager: str | None = None
+    serviceusage: str | None = None
+    cloudbilling: str | None = None
+    compute: str | None = None
+    gkerecommender: str | None = None
+
+
+class Target(Value):
+    """One environment: a file in `deployments/targets/`."""
+
+    name: KubernetesName
+    project: Annotated[str, StringConstraints(pattern=r"^([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]$")]
+    """Project ID; a domain-scoped one is written `example.com:my-project`."""
+    region: Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")]
+    universe: Universe = Universe()
+    credentials: CredentialSource = CredentialSource.APPLICATION_DEFAULT
+    cluster: Cluster = Cluster()
+    namespace: KubernetesName = "default"
+    ksa: KubernetesName = "llm-server"
+    """Kubernetes service account of the serving pods."""
+    gsa: ServiceAccountId = "llm-server"
+    """Google service account that the pods act as; unused when `identity` is `direct`."""
+    identity: IdentityMode = IdentityMode.SERVICE_ACCOUNT
+    bucket: BucketName
+    weights_layout: WeightsLayout = WeightsLayout.CONTENT_ADDRESSED
+    hub_token_secret: str | None = None
+    """Name of the Prefect Secret block that holds the Hugging Face token; None for public models."""
+    gpu_usd_per_hour: Annotated[float, Field(gt=0)] | None = None
+    """Price of one GPU with its share of the machine, if the price table has no row for the region."""
+    endpoints: Endpoints = Endpoints()
+
+    @property
+    def hub_endpoint(self) -> str:
+        return self.endpoints.hub or "https://huggingface.co"
+
+    def endpoint(self, service: str) -> str:
+        """Base address (no trailing slash) of a Google API for this target, e.g. `endpoint("storage")`."""
+        override: str | None = getattr(self.endpoints, service)
+        return (override or self.universe.endpoint(service)).rstrip("/")
+
+    @property
+    def gsa_email(self) -> str:
+        return self.universe.service_account_email(self.gsa, self.project)
+
+    @property
+    def workload_identity_member(self) -> str:
+        return self.universe.workload_identity_member(self.project, self.namespace, self.ksa)
+
+    def reader_member(self, project_number: str) -> str:
+        """The IAM member that must read the bucket for the pods to load their weights."""
+        if self.identity is IdentityMode.DIRECT:
+            return self.universe.workload_identity_principal(self.project, project_number, self.namespace, self.ksa)
+        return f"serviceAccount:{self.gsa_email}"
+
+    def weights_prefix(self, repo_id: str, commit_sha: str) -> str:
+        """Object prefix of the weights, without leading slash and with a trailing one unless it is the root."""
+        return "" if self.weights_layout is WeightsLayout.ROOT else f"{repo_id}/{commit_sha}/"
+
+    def weights_uri(self, repo_id: str, commit_sha: str) -> str:
+        """`gs://bucket` or `gs://bucket/<organisation>/<name>/<commit>`: what `--model` takes."""
+        prefix = self.weights_prefix(repo_id, commit_sha).rstrip("/")
+        return f"gs://{self.bucket}/{prefix}".rstrip("/")

@@ -1,0 +1,1 @@
+"""One Prefect task per step: name, retries, timeout, artifact."""
