@@ -1,0 +1,171 @@
+"""What every step shares: retries of transient failures, one artifact, and an outcome for the record.
+
+`step` turns a function that returns an `Outcome` into a Prefect task. `Story` runs steps and keeps the record.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.futures import PrefectFuture
+from prefect.runtime import task_run
+from prefect.states import State
+from prefect.tasks import Task, exponential_backoff
+
+from rollout.errors import RolloutError, TransientError
+from rollout.report import Change, StepReport, StepStatus, utc_now
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a step shows in the Prefect UI: a markdown text, or a table of rows."""
+
+    key: str
+    """Lower-case letters, digits and dashes; the same step always uses the same key, so its history lines up."""
+    description: str
+    markdown: str | None = None
+    table: list[dict[str, Any]] | None = None
+
+    def publish(self) -> None:
+        if self.table is not None:
+            create_table_artifact(table=self.table, key=self.key, description=self.description)
+        if self.markdown is not None:
+            create_markdown_artifact(markdown=self.markdown, key=self.key, description=self.description)
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a step hands on (`value`), and what the record says of it."""
+
+    value: T
+    summary: str
+    status: StepStatus = StepStatus.DONE
+    changes: tuple[Change, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+    artifact: Artifact | None = None
+    attempts: int = 1
+
+
+def is_transient(_task: Task[Any, Any], _run: object, state: State[Any]) -> bool:
+    """Only transient failures are worth another try; each retry says why it happens."""
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, TransientError):
+        get_run_logger().warning("will be tried again: %s", error)
+        return True
+    return False
+
+
+def step(name: str, *, retries: int = 4) -> Callable[[Callable[P, Outcome[T]]], Task[P, Outcome[T]]]:
+    """A task called `name` that publishes its artifact and retries transient failures.
+
+    `retries` 4 with exponential back-off from 2 s waits about half a minute in all: longer outages are for a rerun,
+    which continues where this one stopped.
+    """
+
+    def decorate(function: Callable[P, Outcome[T]]) -> Task[P, Outcome[T]]:
+        @task(
+            name=name,
+            task_run_name=name,
+            retries=retries,
+            retry_delay_seconds=exponential_backoff(2),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=is_transient,
+            cache_result_in_memory=False,
+        )
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
+            outcome = replace(function(*args, **kwargs), attempts=task_run.run_count or 1)
+            if outcome.artifact is not None:
+                outcome.artifact.publish()
+            get_run_logger().info("%s", outcome.summary)
+            return outcome
+
+        return run
+
+    return decorate
+
+
+class Story:
+    """Runs steps and keeps their reports; `on_report` is told after each, so that a killed run leaves its story."""
+
+    def __init__(self, on_report: Callable[[tuple[StepReport, ...]], None]) -> None:
+        self._reports: list[StepReport] = []
+        self._on_report = on_report
+
+    @property
+    def reports(self) -> tuple[StepReport, ...]:
+        return tuple(sorted(self._reports, key=lambda report: report.started_at))
+
+    def run(self, step_task: Task[..., Outcome[T]], *args: Any, **kwargs: Any) -> T:
+        """Run a step to its end. Raises what the step raised, after the report of the failure is kept."""
+        return self.start(step_task, *args, **kwargs).result()
+
+    def start(self, step_task: Task[..., Outcome[T]], *args: Any, **kwargs: Any) -> Running[T]:
+        """Start a step beside others; `result()` waits for it."""
+        return Running(self, step_task.name, utc_now(), step_task.submit(*args, **kwargs))
+
+    def skip(self, name: str, why: str) -> None:
+        """Keep in the record that a step was left out, and why."""
+        self.keep(StepReport(name=name, status=StepStatus.SKIPPED, started_at=utc_now(), duration_s=0.0, summary=why))
+
+    def keep(self, report: StepReport) -> None:
+        self._reports.append(report)
+        self._on_report(self.reports)
+
+
+class Running(Generic[T]):
+    """A step under way."""
+
+    def __init__(self, story: Story, name: str, started_at: datetime, future: PrefectFuture[Outcome[T]]) -> None:
+        self._story = story
+        self._name = name
+        self._started_at = started_at
+        self._future = future
+
+    def result(self) -> T:
+        self._future.wait()
+        state = self._future.state
+        duration_s = max(0.0, ((state.timestamp or utc_now()) - self._started_at).total_seconds())
+        outcome = self._future.result(raise_on_failure=False)
+        if isinstance(outcome, Outcome):
+            self._story.keep(
+                StepReport(
+                    name=self._name,
+                    status=outcome.status,
+                    started_at=self._started_at,
+                    duration_s=duration_s,
+                    attempts=outcome.attempts,
+                    summary=outcome.summary,
+                    changes=outcome.changes,
+                    data=outcome.data,
+                )
+            )
+            return outcome.value
+        error = outcome if isinstance(outcome, BaseException) else RolloutError(f"{self._name} ended as {state.name}")
+        self._story.keep(
+            StepReport(
+                name=self._name,
+                status=StepStatus.FAILED,
+                started_at=self._started_at,
+                duration_s=duration_s,
+                attempts=_attempts(self._future),
+                summary=str(error),
+                error=f"{type(error).__name__}: {error}",
+            )
+        )
+        raise error
+
+
+def _attempts(future: PrefectFuture[Any]) -> int:
+    with get_client(sync_client=True) as client:
+        return max(1, client.read_task_run(future.task_run_id).run_count)
