@@ -25,7 +25,7 @@ class ChildFailed(RuntimeError):
 
 
 class Child:
-    """A process with its own group and a log file. Stops with its parent: by `stop()`, by a closed stdin, by the kernel."""
+    """A process with its own group and log file that ends with its parent: `stop()`, a closed stdin, the kernel."""
 
     def __init__(
         self, command: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
@@ -41,7 +41,7 @@ class Child:
             stderr=self._log_handle,
             env=None if env is None else dict(env),
             cwd=cwd,
-            preexec_fn=_new_group_dying_with_parent,  # noqa: PLW1509 - no threads touch what it uses
+            preexec_fn=_new_group_dying_with_parent,
         )
 
     def ready_line(self, timeout_s: float) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""The replayable record of a rollout, and the same for people: `report.json` and a markdown page."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rollout.benchmark import BenchmarkReport
+from rollout.errors import ExitCode
+from rollout.objectives import ObjectivesVerdict
+from rollout.plan import RolloutPlan
+from rollout.report import SCHEMA_VERSION, Action, Change, StepReport, StepStatus
+from rollout.smoke import SmokeReport
+from rollout.transfer import TransferReport
+from rollout.values import Value
+
+
+class Verdict(StrEnum):
+    RUNNING = "running"
+    """Also what a killed run leaves behind."""
+    DONE = "done"
+    OBJECTIVES_MISSED = "objectives missed"
+    FAILED = "failed"
+    ROLLED_BACK = "rolled back"
+    NOT_APPROVED = "not approved"
+
+
+EXIT_CODES = {
+    Verdict.RUNNING: ExitCode.FAILED,
+    Verdict.DONE: ExitCode.DONE,
+    Verdict.OBJECTIVES_MISSED: ExitCode.OBJECTIVES_MISSED,
+    Verdict.FAILED: ExitCode.FAILED,
+    Verdict.ROLLED_BACK: ExitCode.ROLLED_BACK,
+    Verdict.NOT_APPROVED: ExitCode.NOT_APPROVED,
+}
+
+
+class TeardownReport(Value):
+    """What teardown removed, what it kept on purpose, and what it found still there."""
+
+    removed: tuple[Change, ...] = ()
+    kept: tuple[Change, ...] = ()
+    """Adopted things and, by policy, weights and bucket; `detail` says why."""
+    left: tuple[Change, ...] = ()
+    """The inventory: things of ours that should be gone and are not. Empty is the proof."""
+
+
+class RolloutReport(Value):
+    """Everything that is known of one rollout: from the pin to the proof that teardown left nothing behind."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    """The Prefect flow run."""
+    run_url: str | None = None
+    started_at: datetime
+    duration_s: Annotated[float, Field(ge=0)] = 0.0
+    verdict: Verdict = Verdict.RUNNING
+    error: str | None = None
+    plan: RolloutPlan | None = None
+    """None when the run ended before there was a plan."""
+    steps: tuple[StepReport, ...] = ()
+    weights: TransferReport | None = None
+    startup: dict[str, Any] | None = None
+    """The start-up waterfall: seconds per phase, bytes per second of loading."""
+    smoke: SmokeReport | None = None
+    benchmark: BenchmarkReport | None = None
+    objectives: ObjectivesVerdict | None = None
+    teardown: TeardownReport | None = None
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def created(self) -> frozenset[tuple[str, str]]:
+        """(kind, name) of everything that this rollout made, or set out to make: what teardown may remove.
+
+        The plan counts as well as the steps, because it is written before anything changes: a run that was killed
+        between making a thing and saying so still owns it.
+        """
+        planned = self.plan.changes if self.plan else ()
+        reported = [change for step in self.steps for change in step.changes]
+        return frozenset((c.kind, c.name) for c in (*planned, *reported) if c.action is Action.CREATED)
+
+    @property
+    def changed_nothing(self) -> bool:
+        """No weight byte was sent and no object changed."""
+        acted = {Action.CREATED, Action.UPDATED, Action.DELETED}
+        return not any(change.action in acted for step in self.steps for change in step.changes)
+
+
+_MARKS = {
+    StepStatus.DONE: "✓",
+    StepStatus.UNCHANGED: "=",
+    StepStatus.SKIPPED: "–",
+    StepStatus.FAILED: "✗",
+}
+
+
+def step_table(report: RolloutReport) -> list[tuple[str, str, str, str]]:
+    """Rows of (mark, step, seconds, summary) for terminals and tables."""
+    return [(_MARKS[step.status], step.name, f"{step.duration_s:.1f}", step.summary) for step in report.steps]
+
+
+def to_markdown(report: RolloutReport) -> str:
+    """The report for people, with the verdict first."""
+    title = report.plan.title if report.plan else "rollout"
+    lines = [f"# {title}", "", f"**{report.verdict.value.capitalize()}** after {report.duration_s:.0f} s."]
+    if report.error:
+        lines += ["", f"> {report.error}"]
+    if report.plan:
+        lines += [
+            "",
+            f"Rollout `{report.plan.rollout_id}` · commit `{report.plan.model.commit_sha}` · image `{report.plan.serving.image}`",
+        ]
+    lines += ["", "| | step | seconds | attempts | what happened |", "|---|---|---:|---:|---|"]
+    lines += [
+        f"| {_MARKS[step.status]} | {step.name} | {step.duration_s:.1f} | {step.attempts} | {_cell(step.summary)} |"
+        for step in report.steps
+    ]
+    if report.objectives:
+        lines += ["", "## Objectives", "", report.objectives.to_markdown()]
+    if report.teardown:
+        lines += ["", "## Teardown", "", _teardown_markdown(report.teardown)]
+    return "\n".join(lines) + "\n"
+
+
+def _teardown_markdown(teardown: TeardownReport) -> str:
+    rows = [
+        *(("removed", change) for change in teardown.removed),
+        *(("kept", change) for change in teardown.kept),
+        *(("**left**", change) for change in teardown.left),
+    ]
+    table = [f"| {state} | {c.kind} | {_cell(c.name)} | {_cell(c.detail)} |" for state, c in rows]
+    verdict = "Nothing of ours is left." if not teardown.left else f"{len(teardown.left)} things of ours are left."
+    return "\n".join([verdict, "", "| | kind | name | why |", "|---|---|---|---|", *table])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
