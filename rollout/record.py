@@ -114,7 +114,8 @@ def to_markdown(report: RolloutReport) -> str:
     if report.plan:
         lines += [
             "",
-            f"Rollout `{report.plan.rollout_id}` · commit `{report.plan.model.commit_sha}` · image `{report.plan.serving.image}`",
+            f"Rollout `{report.plan.rollout_id}` · commit `{report.plan.model.commit_sha}`"
+            f" · image `{report.plan.serving.image}`",
         ]
     lines += ["", "| | step | seconds | attempts | what happened |", "|---|---|---:|---:|---|"]
     lines += [

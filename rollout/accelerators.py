@@ -1,0 +1,136 @@
+"""The accelerators that we know: memory, GKE labels, machines and quota names, each with its source.
+
+Sources: https://cloud.google.com/compute/docs/gpus (memory per GPU, machine types),
+https://cloud.google.com/kubernetes-engine/docs/concepts/gpus (labels), https://cloud.google.com/tpu/docs/system-architecture
+(HBM per chip), https://cloud.google.com/compute/resource-usage#gpu_quota (quota metrics). Read 2026-11.
+"""
+
+from __future__ import annotations
+
+import difflib
+from enum import StrEnum
+
+from rollout.errors import BadInput
+from rollout.values import Value
+
+GIB = 2**30
+
+
+class AcceleratorKind(StrEnum):
+    GPU = "gpu"
+    TPU = "tpu"
+
+
+class Machine(Value):
+    """A machine type and how many accelerators it has."""
+
+    type: str
+    accelerators: int
+
+
+class AcceleratorType(Value):
+    """One GPU model or TPU generation as GKE names it."""
+
+    name: str
+    """Value of the node label `cloud.google.com/gke-accelerator` (GPU) or `…/gke-tpu-accelerator` (TPU)."""
+    kind: AcceleratorKind = AcceleratorKind.GPU
+    memory_gib: float
+    """Memory of one GPU or chip as the vendor states it."""
+    quota_metric: str
+    """Region quota of Compute Engine for on-demand use; the preemptible one is prefixed `PREEMPTIBLE_`."""
+    machines: tuple[Machine, ...]
+
+
+def _machines(**counts: int) -> tuple[Machine, ...]:
+    return tuple(Machine(type=name.replace("_", "-"), accelerators=count) for name, count in counts.items())
+
+
+ACCELERATORS: dict[str, AcceleratorType] = {
+    accelerator.name: accelerator
+    for accelerator in (
+        AcceleratorType(
+            name="nvidia-h100-80gb",
+            memory_gib=80,
+            quota_metric="NVIDIA_H100_GPUS",
+            machines=_machines(
+                a3_highgpu_1g=1, a3_highgpu_2g=2, a3_highgpu_4g=4, a3_highgpu_8g=8, a3_edgegpu_8g_nolssd=8
+            ),
+        ),
+        AcceleratorType(
+            name="nvidia-h100-mega-80gb",
+            memory_gib=80,
+            quota_metric="NVIDIA_H100_MEGA_GPUS",
+            machines=_machines(a3_megagpu_8g=8),
+        ),
+        AcceleratorType(
+            name="nvidia-h200-141gb",
+            memory_gib=141,
+            quota_metric="NVIDIA_H200_GPUS",
+            machines=_machines(a3_ultragpu_8g=8),
+        ),
+        AcceleratorType(
+            name="nvidia-b200", memory_gib=180, quota_metric="NVIDIA_B200_GPUS", machines=_machines(a4_highgpu_8g=8)
+        ),
+        AcceleratorType(
+            name="nvidia-tesla-a100",
+            memory_gib=40,
+            quota_metric="NVIDIA_A100_GPUS",
+            machines=_machines(a2_highgpu_1g=1, a2_highgpu_2g=2, a2_highgpu_4g=4, a2_highgpu_8g=8, a2_megagpu_16g=16),
+        ),
+        AcceleratorType(
+            name="nvidia-a100-80gb",
+            memory_gib=80,
+            quota_metric="NVIDIA_A100_80GB_GPUS",
+            machines=_machines(a2_ultragpu_1g=1, a2_ultragpu_2g=2, a2_ultragpu_4g=4, a2_ultragpu_8g=8),
+        ),
+        AcceleratorType(
+            name="nvidia-l4",
+            memory_gib=24,
+            quota_metric="NVIDIA_L4_GPUS",
+            machines=_machines(
+                g2_standard_4=1,
+                g2_standard_8=1,
+                g2_standard_12=1,
+                g2_standard_16=1,
+                g2_standard_32=1,
+                g2_standard_24=2,
+                g2_standard_48=4,
+                g2_standard_96=8,
+            ),
+        ),
+        AcceleratorType(
+            name="nvidia-rtx-pro-6000",
+            memory_gib=96,
+            quota_metric="NVIDIA_RTX_PRO_6000_GPUS",
+            machines=_machines(g4_standard_48=1, g4_standard_96=2, g4_standard_192=4, g4_standard_384=8),
+        ),
+        AcceleratorType(
+            name="tpu-v5-lite-podslice",
+            kind=AcceleratorKind.TPU,
+            memory_gib=16,
+            quota_metric="TPU_LITE_PODSLICE_V5",
+            machines=_machines(ct5lp_hightpu_1t=1, ct5lp_hightpu_4t=4, ct5lp_hightpu_8t=8),
+        ),
+        AcceleratorType(
+            name="tpu-v6e-slice",
+            kind=AcceleratorKind.TPU,
+            memory_gib=32,
+            quota_metric="TPUS_PER_TPU_FAMILY",
+            machines=_machines(ct6e_standard_1t=1, ct6e_standard_4t=4, ct6e_standard_8t=8),
+        ),
+    )
+}
+
+
+def accelerator(name: str) -> AcceleratorType:
+    """The accelerator of that GKE label. Raises `BadInput` naming the nearest known one."""
+    try:
+        return ACCELERATORS[name]
+    except KeyError:
+        nearest = difflib.get_close_matches(name, ACCELERATORS, n=1)
+        hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+        raise BadInput(
+            f"the accelerator {name!r} is not known.",
+            where="serving.accelerator.type",
+            resolution=f"{hint}Known are {', '.join(sorted(ACCELERATORS))}.",
+        ) from None

@@ -1,0 +1,168 @@
+"""Does the model fit? Weights + KV cache + overhead against accelerator memory, and the cache against the boot disk.
+
+The arithmetic is vLLM's own: it may use `gpu_memory_utilization` of each GPU; weights are divided by the
+tensor-parallel size; what remains after activations is the KV cache, and the engine refuses to start when that holds
+fewer than `max_model_len` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rollout.accelerators import GIB, AcceleratorType
+from rollout.preflight import Check, failed, not_applicable, ok, unknown, warning
+from rollout.serving import ServingSpec
+from rollout.values import Value
+
+ACTIVATION_GIB = 4.0
+"""Activations, CUDA graphs and the CUDA context of one GPU: what vLLM's profile run reports for 30B models at 8192
+batched tokens is 2–4 GiB; the upper end."""
+
+BOOT_DISK_USABLE = 0.9
+"""GKE keeps 10 % of a node's boot disk: of the default 100 GiB, 90 GiB are usable (quickstart, troubleshooting)."""
+
+DEFAULT_BOOT_DISK_GIB = 100
+
+
+class ModelShape(Value):
+    """What of a model's config.json decides its KV cache."""
+
+    full_attention_layers: int
+    sliding_attention_layers: int = 0
+    sliding_window: int = 0
+    """Tokens that a sliding layer keeps per sequence."""
+    kv_heads: int
+    head_dim: int
+    full_kv_heads: int
+    """KV heads of the full-attention layers, where they differ (Gemma 4)."""
+    full_head_dim: int
+    shared_kv_layers: int = 0
+    """Layers that reuse another layer's cache."""
+    max_position_embeddings: int
+
+    def kv_bytes(self, tokens: int, *, bytes_per_value: int = 2) -> int:
+        """KV cache of one sequence of `tokens` tokens, in bytes over all GPUs (2 bytes a value: bfloat16)."""
+        full = self.full_attention_layers * tokens * self.full_kv_heads * self.full_head_dim
+        sliding = self.sliding_attention_layers * min(tokens, self.sliding_window) * self.kv_heads * self.head_dim
+        return 2 * bytes_per_value * (full + sliding)
+
+
+class MemoryFit(Value):
+    """Bytes on one GPU, and what follows."""
+
+    usable_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    kv_cache_bytes: int
+    """What is left for the KV cache; negative when the weights alone do not fit."""
+    bytes_per_full_context: int
+    max_model_len: int
+    full_contexts: float
+    """How many sequences of the whole context window the cache holds; below 1 the engine refuses to start."""
+
+    def arithmetic(self) -> str:
+        """The sum in words, in GiB per GPU."""
+
+        def gib(count: int) -> str:
+            return f"{count / GIB:.1f}"
+
+        return (
+            f"{gib(self.usable_bytes)} usable − {gib(self.weights_bytes)} weights"
+            f" − {gib(self.activation_bytes)} activations = {gib(self.kv_cache_bytes)} GiB KV cache per GPU;"
+            f" {self.full_contexts:.1f} × {self.max_model_len} tokens at {gib(self.bytes_per_full_context)} GiB"
+        )
+
+
+def model_shape(config: Mapping[str, Any]) -> ModelShape | None:
+    """Read the KV-cache shape from a config.json (its `text_config` when there is one); None when it does not say."""
+    text = config.get("text_config") or config
+    try:
+        layers = int(text["num_hidden_layers"])
+        heads = int(text["num_attention_heads"])
+        kv_heads = int(text.get("num_key_value_heads") or heads)
+        head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+        longest = int(text["max_position_embeddings"])
+    except (KeyError, TypeError):
+        return None
+    kinds = text.get("layer_types") or ["full_attention"] * layers
+    shared = int(text.get("num_kv_shared_layers") or 0)
+    own = kinds[: len(kinds) - shared] if shared else kinds
+    sliding = sum(kind == "sliding_attention" for kind in own)
+    return ModelShape(
+        full_attention_layers=sum(kind == "full_attention" for kind in own),
+        sliding_attention_layers=sliding,
+        sliding_window=int(text.get("sliding_window") or 0) if sliding else 0,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        full_kv_heads=int(text.get("num_global_key_value_heads") or kv_heads),
+        full_head_dim=int(text.get("global_head_dim") or head_dim),
+        shared_kv_layers=shared,
+        max_position_embeddings=longest,
+    )
+
+
+def memory_fit(weights_bytes: int, shape: ModelShape, serving: ServingSpec, accelerator: AcceleratorType) -> MemoryFit:
+    """The memory of one GPU when the model is served as `serving` asks."""
+    split = serving.tensor_parallel_size
+    usable = int(accelerator.memory_gib * GIB * serving.gpu_memory_utilization)
+    activation = int(ACTIVATION_GIB * GIB)
+    weights = weights_bytes // split
+    cache = usable - weights - activation
+    length = serving.max_model_len or shape.max_position_embeddings
+    # KV heads are divided over the GPUs, but never below one head each.
+    per_context = shape.kv_bytes(length) // min(split, max(shape.kv_heads, 1))
+    return MemoryFit(
+        usable_bytes=usable,
+        weights_bytes=weights,
+        activation_bytes=activation,
+        kv_cache_bytes=cache,
+        bytes_per_full_context=per_context,
+        max_model_len=length,
+        full_contexts=max(0.0, cache / per_context) if per_context else 0.0,
+    )
+
+
+def check_memory(
+    weights_bytes: int, config: Mapping[str, Any], serving: ServingSpec, accelerator: AcceleratorType
+) -> Check:
+    """The preflight check of accelerator memory."""
+    name = "fits in GPU memory"
+    shape = model_shape(config)
+    if shape is None:
+        return unknown(name, "config.json does not state layers, heads and context length")
+    fit = memory_fit(weights_bytes, shape, serving, accelerator)
+    if fit.kv_cache_bytes <= 0:
+        needed = -(-weights_bytes // max(1, fit.usable_bytes - fit.activation_bytes))
+        return failed(
+            name,
+            f"the weights do not fit: {fit.arithmetic()}",
+            f"Set tensor_parallel_size and accelerator.count to {needed} or more, or take a larger accelerator.",
+        )
+    if fit.full_contexts < 1:
+        possible = int(fit.max_model_len * fit.full_contexts)
+        return failed(
+            name,
+            f"the KV cache does not hold one whole context: {fit.arithmetic()}",
+            f"Lower max_model_len to {possible} or less, or raise tensor_parallel_size and accelerator.count.",
+        )
+    if fit.full_contexts < 2:
+        return warning(name, f"hardly any concurrency: {fit.arithmetic()}", "Lower max_model_len or add GPUs.")
+    return ok(name, fit.arithmetic())
+
+
+def check_ephemeral_storage(weights_bytes: int, serving: ServingSpec, *, cached_on_disk: bool) -> Check:
+    """The 90 GiB trap: a model that is cached on the boot disk needs a larger disk, or a cache in memory."""
+    name = "fits on the boot disk"
+    if not cached_on_disk:
+        return not_applicable(name, "the weights are not cached on the node's disk")
+    disk_gib = serving.accelerator.boot_disk_gib or DEFAULT_BOOT_DISK_GIB
+    usable = disk_gib * GIB * BOOT_DISK_USABLE
+    if weights_bytes <= usable:
+        return ok(name, f"{weights_bytes / GIB:.1f} GiB of weights on {usable / GIB:.0f} GiB usable")
+    enough_gib = int(weights_bytes / GIB / BOOT_DISK_USABLE) + 20
+    return failed(
+        name,
+        f"{weights_bytes / GIB:.1f} GiB of weights on {usable / GIB:.0f} GiB usable: the pod would be evicted",
+        f"Set env HF_HOME=/dev/shm/hf_cache, or accelerator.boot_disk_gib to {enough_gib}.",
+    )
