@@ -1,0 +1,100 @@
+"""Worked by hand: what fits on which accelerator, and what the failure tells to change."""
+
+import pytest
+
+from rollout.accelerators import GIB, accelerator
+from rollout.errors import BadInput
+from rollout.fit import check_ephemeral_storage, check_memory, memory_fit, model_shape
+from rollout.preflight import CheckState
+from rollout.serving import Accelerator, ServingSpec
+
+LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "max_position_embeddings": 131072,
+}
+WINDOWED = {
+    "text_config": {
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "hidden_size": 2816,
+        "sliding_window": 1024,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "max_position_embeddings": 262144,
+    }
+}
+
+
+def spec(**changes: object) -> ServingSpec:
+    return ServingSpec.model_validate({"served_model_name": "m", **changes})
+
+
+def test_kv_cache_of_full_attention_is_two_values_per_layer_head_and_token() -> None:
+    shape = model_shape(LLAMA_8B)
+    assert shape is not None
+    # 2 (K and V) × 32 layers × 8 heads × 128 dims × 2 bytes = 131072 bytes a token: Llama 3 8B's well-known 128 KiB.
+    assert shape.kv_bytes(1) == 131072
+    assert shape.kv_bytes(1000) == 131072 * 1000
+
+
+def test_sliding_layers_stop_growing_at_their_window() -> None:
+    shape = model_shape(WINDOWED)
+    assert shape is not None
+    sliding = 2 * 2 * 5 * 1024 * 8 * 256
+    assert shape.kv_bytes(4096) == sliding + 2 * 2 * 1 * 4096 * 2 * 512
+    assert shape.kv_bytes(8192) - shape.kv_bytes(4096) == 2 * 2 * 4096 * 2 * 512
+
+
+def test_memory_of_one_gpu_adds_up() -> None:
+    shape = model_shape(LLAMA_8B)
+    assert shape is not None
+    fit = memory_fit(16 * GIB, shape, spec(max_model_len=16384), accelerator("nvidia-h100-80gb"))
+    assert fit.usable_bytes == int(72 * GIB)
+    assert fit.kv_cache_bytes == (72 - 16 - 4) * GIB
+    assert fit.bytes_per_full_context == 2 * GIB
+    assert fit.full_contexts == pytest.approx(26)
+
+
+def test_weights_larger_than_the_gpu_ask_for_more_gpus() -> None:
+    check = check_memory(140 * GIB, LLAMA_8B, spec(), accelerator("nvidia-h100-80gb"))
+    assert check.state is CheckState.FAILED
+    assert "tensor_parallel_size and accelerator.count to 3" in check.resolution
+
+
+def test_context_window_larger_than_the_cache_names_the_possible_length() -> None:
+    check = check_memory(15 * GIB, LLAMA_8B, spec(max_model_len=131072), accelerator("nvidia-l4"))
+    assert check.state is CheckState.FAILED
+    # 24 × 0.9 − 15 − 4 = 2.6 GiB at 128 KiB a token.
+    assert "Lower max_model_len to 21299 or less" in check.resolution
+
+
+def test_config_without_layers_is_unknown_not_ok() -> None:
+    assert check_memory(GIB, {}, spec(), accelerator("nvidia-l4")).state is CheckState.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("weights_gib", "boot_disk_gib", "state"),
+    [(89, None, CheckState.OK), (91, None, CheckState.FAILED), (91, 200, CheckState.OK)],
+)
+def test_the_ninety_gib_trap(weights_gib: int, boot_disk_gib: int | None, state: CheckState) -> None:
+    serving = spec(accelerator=Accelerator(boot_disk_gib=boot_disk_gib).model_dump())
+    check = check_ephemeral_storage(weights_gib * GIB, serving, cached_on_disk=True)
+    assert check.state is state
+    if state is CheckState.FAILED:
+        assert "HF_HOME=/dev/shm/hf_cache" in check.resolution
+        assert "boot_disk_gib" in check.resolution
+
+
+def test_streamed_weights_need_no_disk() -> None:
+    assert check_ephemeral_storage(500 * GIB, spec(), cached_on_disk=False).state is CheckState.NOT_APPLICABLE
+
+
+def test_unknown_accelerator_suggests_the_nearest() -> None:
+    with pytest.raises(BadInput, match="Did you mean 'nvidia-h100-80gb'"):
+        accelerator("nvidia-h100-80g")

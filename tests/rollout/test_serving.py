@@ -1,0 +1,62 @@
+"""The arguments of the tutorial, and the rules of the serving spec."""
+
+import pytest
+from pydantic import ValidationError
+
+from rollout.serving import ServingSpec
+
+TUTORIAL_ARGS = [
+    "python",
+    "-m",
+    "vllm.entrypoints.api_server",
+    "--host=0.0.0.0",
+    "--port=8080",
+    "--model=gs://gemma-4-26b-it",
+    "--tensor-parallel-size=1",
+    "--max-num-seqs=128",
+    "--gpu-memory-utilization=0.9",
+    "--limit_mm_per_prompt.image=1",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=gemma4",
+    "--reasoning-parser=gemma4",
+]
+
+
+def test_defaults_give_the_tutorials_arguments_and_the_name_that_requests_use() -> None:
+    spec = ServingSpec(served_model_name="google/gemma-4-26B-A4B-it", max_model_len=None)
+    args = spec.vllm_args("gs://gemma-4-26b-it")
+    assert [arg for arg in args if not arg.startswith("--served-model-name")] == TUTORIAL_ARGS
+    assert "--served-model-name=google/gemma-4-26B-A4B-it" in args
+
+
+def test_context_window_of_the_tutorials_example() -> None:
+    assert "--max-model-len=16384" in ServingSpec(served_model_name="m").vllm_args("gs://b")
+
+
+def test_text_models_get_no_vision_tool_or_reasoning_flags() -> None:
+    spec = ServingSpec(served_model_name="m", max_images_per_prompt=None, tool_call_parser=None, reasoning_parser=None)
+    args = " ".join(spec.vllm_args("gs://b"))
+    assert "limit_mm" not in args
+    assert "tool" not in args
+    assert "reasoning" not in args
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "raise accelerator.count"),
+        ({"accelerator": {"count": 9, "machine_gpu_count": 8}}, "does not fit on a"),
+        ({"name": "Bad_Name"}, "String should match pattern"),
+        ({"gpu_memory_utilization": 1.5}, "less than or equal to 1"),
+        ({"unknown_field": 1}, "Extra inputs are not permitted"),
+    ],
+)
+def test_impossible_specs_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ServingSpec.model_validate({"served_model_name": "m", **changes})
+
+
+@pytest.mark.parametrize(("gigabytes", "probes"), [(0, 18), (52, 44), (62, 49)])
+def test_startup_budget_grows_with_the_weights(gigabytes: int, probes: int) -> None:
+    # 180 s of engine start and gigabytes / 0.2 GB/s of loading, in probes of 10 s.
+    assert ServingSpec(served_model_name="m").startup_failure_threshold(int(gigabytes * 1e9)) == probes
