@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.runtime import task_run
 from prefect.states import State
@@ -24,6 +23,10 @@ from rollout.report import Change, StepReport, StepStatus, utc_now
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_attempts: dict[str, int] = {}
+"""Attempts per task run. Kept here, because a failed task hands on nothing but its exception, and the server learns of
+task runs later than the flow does."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,6 @@ class Outcome(Generic[T]):
     changes: tuple[Change, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     artifact: Artifact | None = None
-    attempts: int = 1
 
 
 def is_transient(_task: Task[Any, Any], _run: object, state: State[Any]) -> bool:
@@ -84,7 +86,8 @@ def step(name: str, *, retries: int = 4) -> Callable[[Callable[P, Outcome[T]]], 
         )
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
-            outcome = replace(function(*args, **kwargs), attempts=task_run.run_count or 1)
+            _attempts[str(task_run.id)] = task_run.run_count or 1
+            outcome = function(*args, **kwargs)
             if outcome.artifact is not None:
                 outcome.artifact.publish()
             get_run_logger().info("%s", outcome.summary)
@@ -137,6 +140,7 @@ class Running(Generic[T]):
         state = self._future.state
         duration_s = max(0.0, ((state.timestamp or utc_now()) - self._started_at).total_seconds())
         outcome = self._future.result(raise_on_failure=False)
+        attempts = _attempts.pop(str(self._future.task_run_id), 1)
         if isinstance(outcome, Outcome):
             self._story.keep(
                 StepReport(
@@ -144,7 +148,7 @@ class Running(Generic[T]):
                     status=outcome.status,
                     started_at=self._started_at,
                     duration_s=duration_s,
-                    attempts=outcome.attempts,
+                    attempts=attempts,
                     summary=outcome.summary,
                     changes=outcome.changes,
                     data=outcome.data,
@@ -158,14 +162,9 @@ class Running(Generic[T]):
                 status=StepStatus.FAILED,
                 started_at=self._started_at,
                 duration_s=duration_s,
-                attempts=_attempts(self._future),
+                attempts=attempts,
                 summary=str(error),
                 error=f"{type(error).__name__}: {error}",
             )
         )
         raise error
-
-
-def _attempts(future: PrefectFuture[Any]) -> int:
-    with get_client(sync_client=True) as client:
-        return max(1, client.read_task_run(future.task_run_id).run_count)
