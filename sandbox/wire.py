@@ -36,6 +36,8 @@ from sandbox.shaping import Link
 
 _PADDING_BYTES = 2**16
 
+Source: TypeAlias = Path | tuple[Path, ...] | bytes
+
 ErrorResponse: TypeAlias = Callable[[int], web.Response]
 """The stand-in's own answer for an HTTP status, in the format of the server that it stands for."""
 
@@ -97,14 +99,14 @@ class RequestLog:
 
 
 class SlicedBody(web.StreamResponse):
-    """A response whose body is `count` bytes of a file or of a bytes object, from `offset` on.
+    """A response whose body is `count` bytes from `offset` on: of a file, of files in a row, or of a bytes object.
 
     Files go out by sendfile, so that several connections together run at memory speed from one process.
     """
 
     def __init__(
         self,
-        source: Path | bytes,
+        source: Source,
         *,
         offset: int = 0,
         count: int | None = None,
@@ -115,8 +117,7 @@ class SlicedBody(web.StreamResponse):
         super().__init__(status=status, headers=headers)
         self._source = source
         self._offset = offset
-        size = source.stat().st_size if isinstance(source, Path) else len(source)
-        self._count = size - offset if count is None else count
+        self._count = _size(source) - offset if count is None else count
         self._link = link or Link()
         self._fault: Fault | None = None
         self._plan: FaultPlan | None = None
@@ -201,7 +202,7 @@ class _Sender:
 
     def __init__(
         self,
-        source: Path | bytes,
+        source: Source,
         offset: int,
         writer: AbstractStreamWriter,
         transport: asyncio.Transport,
@@ -215,10 +216,14 @@ class _Sender:
         self._link = link
         self._record = record
         self._file: BinaryIO | None = None
+        self._file_start = 0
+        self._file_stop = 0
+        paths = () if isinstance(source, bytes) else (source,) if isinstance(source, Path) else source
+        self._files_ahead = iter(paths)
 
     def __enter__(self) -> _Sender:
-        if isinstance(self._source, Path):
-            self._file = self._source.open("rb")
+        if not isinstance(self._source, bytes):
+            self._open_file_at(self._offset)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -230,6 +235,11 @@ class _Sender:
         loop = asyncio.get_running_loop()
         while start < stop:
             step = min(self._link.chunk_bytes, stop - start)
+            if self._file is not None:
+                self._open_file_at(self._offset + start)
+                step = min(step, self._file_stop - self._offset - start)
+                if step <= 0:
+                    raise EOFError(f"{self._source} ended before byte {self._offset + stop}")
             await self._link.passage(self.transport, step)
             # TLS cannot use sendfile: the kernel does not hold the keys.
             if self._file is None or self.transport.get_extra_info("sslcontext") is not None:
@@ -237,7 +247,7 @@ class _Sender:
             elif self.transport.is_closing():
                 raise ConnectionResetError("the client is gone")
             else:
-                await loop.sendfile(self.transport, self._file, self._offset + start, step)
+                await loop.sendfile(self.transport, self._file, self._offset + start - self._file_start, step)
             start += step
             self._sent(step)
 
@@ -260,12 +270,28 @@ class _Sender:
         if self._file is None:
             assert isinstance(self._source, bytes)
             return self._source[begin : begin + count]
-        self._file.seek(begin)
+        self._open_file_at(begin)
+        self._file.seek(begin - self._file_start)
         return self._file.read(count)
+
+    def _open_file_at(self, position: int) -> None:
+        """Have that file open which holds the byte at `position` of the files in a row; positions only ever grow."""
+        while position >= self._file_stop and (path := next(self._files_ahead, None)) is not None:
+            if self._file is not None:
+                self._file.close()
+            self._file = path.open("rb")
+            self._file_start, self._file_stop = self._file_stop, self._file_stop + path.stat().st_size
 
     def _sent(self, count: int) -> None:
         if self._record is not None:
             self._record.bytes_sent += count
+
+
+def _size(source: Source) -> int:
+    if isinstance(source, bytes):
+        return len(source)
+    paths = (source,) if isinstance(source, Path) else source
+    return sum(path.stat().st_size for path in paths)
 
 
 def reset(transport: asyncio.Transport) -> None:
