@@ -1,0 +1,201 @@
+"""A load sweep as data: what to measure, which rate comes next, and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from rollout.curve import Curve, build_curve, is_sustained, plateau_ttft_s, saturation_rate
+from rollout.stage import Stage
+from rollout.values import CommitSha, Value, content_digest
+from rollout.workload import QUICKSTART, Workload
+
+GROWTH = 2.0
+"""From one stage to the next until the server saturates: 6 stages for a factor of 32."""
+
+STEADY_STAGE = 4.0
+"""A stage lasts at least this many typical answers, else it ends before the server is full."""
+
+LONGEST_STAGE = 10.0
+"""…but at most this many times `stage_duration_s`."""
+
+
+class Engine(StrEnum):
+    BUILTIN = "builtin"
+    """Our own client: a laptop, the rehearsal, small endpoints."""
+    INFERENCE_PERF = "inference-perf"
+    """An in-cluster Job: real load, without a port-forward in between."""
+
+
+class Endpoint(StrEnum):
+    COMPLETIONS = "completions"
+    """`/v1/completions`: prompts have exactly the planned tokens."""
+    CHAT = "chat"
+    """`/v1/chat/completions`: the chat template's tokens count as part of the prompt."""
+
+
+class BenchmarkSpec(Value):
+    """A load sweep."""
+
+    workload: Workload = QUICKSTART
+    engine: Engine = Engine.BUILTIN
+    endpoint: Endpoint = Endpoint.COMPLETIONS
+    rates_per_s: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Fixed rates; empty: chosen from what was measured so far."""
+    start_rate_per_s: Annotated[float, Field(gt=0)] = 1.0
+    max_rate_per_s: Annotated[float, Field(gt=0)] = 1000.0
+    stage_duration_s: Annotated[float, Field(gt=0)] = 30.0
+    """30 s: at 1 request/s the p90 rests on three requests; longer is better and dearer."""
+    max_stages: Annotated[int, Field(ge=1, le=100)] = 14
+    """14: six doublings, three refinements, and both sides of the knee repeated."""
+    resolution: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Relative width of the bracket around the knee at which the search stops."""
+    stages_per_side: Annotated[int, Field(ge=1, le=10)] = 2
+    """How often each side of the knee is measured."""
+    drain_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """How long answers may still run after a stage's last request before they are cut off."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+
+    @model_validator(mode="after")
+    def _start_is_below_the_maximum(self) -> BenchmarkSpec:
+        if self.start_rate_per_s > self.max_rate_per_s:
+            raise ValueError(
+                f"start_rate_per_s={self.start_rate_per_s:g} exceeds max_rate_per_s={self.max_rate_per_s:g}"
+            )
+        return self
+
+
+class PlannedStage(Value):
+    rate_per_s: float
+    duration_s: float
+
+
+class Environment(Value):
+    """What was measured. Curves are comparable when everything but the date agrees."""
+
+    model: str
+    """Served model name."""
+    commit_sha: CommitSha | None = None
+    image: str = ""
+    flags: tuple[str, ...] = ()
+    """vLLM's arguments."""
+    accelerator: str = ""
+    accelerator_count: int = 1
+    server_version: str = ""
+
+    @property
+    def key(self) -> str:
+        return content_digest(self.model_dump(mode="json"))
+
+
+class BenchmarkReport(Value):
+    """A finished sweep."""
+
+    spec: BenchmarkSpec
+    environment: Environment
+    started_at: datetime
+    duration_s: float
+    stages: tuple[Stage, ...]
+    curve: Curve
+    notes: tuple[str, ...] = ()
+    """What a reader must know: a client limit, token counts that differ from the plan…"""
+
+
+def next_stage(spec: BenchmarkSpec, stages: Sequence[Stage]) -> PlannedStage | None:
+    """The stage to measure next, from those measured so far; None when the sweep is complete.
+
+    Depends on its arguments alone, so a sweep that was interrupted continues where it stopped.
+    """
+    rate = next_rate(spec, stages)
+    return None if rate is None else PlannedStage(rate_per_s=rate, duration_s=_duration_s(spec, stages))
+
+
+def next_rate(spec: BenchmarkSpec, stages: Sequence[Stage]) -> float | None:
+    """Requests/s to offer next; None when the sweep is complete.
+
+    Doubles until the server saturates, then asks just below and just above the rate that the saturated throughput
+    stands for (and halves the bracket where that does not help), then repeats both sides.
+    """
+    if spec.rates_per_s:
+        return spec.rates_per_s[len(stages)] if len(stages) < len(spec.rates_per_s) else None
+    if not stages:
+        return spec.start_rate_per_s
+    if len(stages) >= spec.max_stages:
+        return None
+    curve = build_curve(stages, resolution=spec.resolution)
+    if curve.knee is None:
+        return _higher_rate(spec, stages, curve)
+    lower, upper = curve.knee.lower_rate_per_s, curve.knee.upper_rate_per_s
+    if lower <= 0:
+        return upper / GROWTH
+    if upper / lower > 1 + spec.resolution * 1.01:
+        return _refined_rate(spec, stages, lower, upper)
+    return _repeated_rate(spec, stages, lower, upper)
+
+
+def _higher_rate(spec: BenchmarkSpec, stages: Sequence[Stage], curve: Curve) -> float | None:
+    if any(point.client_limited for point in curve.points):
+        return None  # more load than the client can make proves nothing about the server
+    highest = max(stage.rate_per_s for stage in stages)
+    return None if highest >= spec.max_rate_per_s * 0.999 else min(highest * GROWTH, spec.max_rate_per_s)
+
+
+def _refined_rate(spec: BenchmarkSpec, stages: Sequence[Stage], lower: float, upper: float) -> float:
+    margin = 1 + spec.resolution / 2
+    estimate = saturation_rate(stages, lower)
+    if estimate is not None:
+        for candidate in (estimate / margin, estimate * margin):
+            if lower * math.sqrt(margin) < candidate < upper / math.sqrt(margin):
+                return candidate
+    return math.sqrt(lower * upper)
+
+
+def _repeated_rate(spec: BenchmarkSpec, stages: Sequence[Stage], lower: float, upper: float) -> float | None:
+    def times(rate: float) -> int:
+        return sum(math.isclose(stage.rate_per_s, rate, rel_tol=1e-6) for stage in stages)
+
+    rate = min((lower, upper), key=times)
+    return rate if times(rate) < spec.stages_per_side else None
+
+
+def _duration_s(spec: BenchmarkSpec, stages: Sequence[Stage]) -> float:
+    """`stage_duration_s`, or longer where answers take long: a stage must outlast the filling of the server."""
+    plateau = plateau_ttft_s(stages)
+    answers = [stage.e2e_s.p50 for stage in stages if stage.e2e_s is not None and is_sustained(stage, plateau)]
+    longest = STEADY_STAGE * max(answers, default=0.0)
+    return min(max(spec.stage_duration_s, longest), LONGEST_STAGE * spec.stage_duration_s)
+
+
+def benchmark_report(
+    spec: BenchmarkSpec, environment: Environment, stages: Sequence[Stage], *, started_at: datetime, duration_s: float
+) -> BenchmarkReport:
+    return BenchmarkReport(
+        spec=spec,
+        environment=environment,
+        started_at=started_at,
+        duration_s=duration_s,
+        stages=tuple(stages),
+        curve=build_curve(stages, resolution=spec.resolution),
+        notes=tuple(_notes(stages)),
+    )
+
+
+def _notes(stages: Sequence[Stage]) -> list[str]:
+    notes = []
+    limits = [(s.rate_per_s, s.client.limited_by) for s in stages if s.client and s.client.limited_by]
+    if limits:
+        rate, reason = min(limits)
+        notes.append(f"From {rate:.3g} requests/s on the load generator was the limit: {reason}.")
+    cached = [s.server.prefix_cache_hit_ratio for s in stages if s.server and s.server.prefix_cache_hit_ratio]
+    if cached and max(cached) > 0.01:
+        notes.append(f"Up to {max(cached):.0%} of the prompt tokens came from the prefix cache.")
+    failed = sum(sum(stage.failures.values()) for stage in stages)
+    if failed:
+        first = next((stage.first_failure for stage in stages if stage.first_failure), "")
+        notes.append(f"{failed} requests did not complete. {first}".strip())
+    return notes

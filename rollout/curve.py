@@ -1,0 +1,343 @@
+"""From the stages of a load sweep to the three zones of the quickstart's latency profile, and what follows from them.
+
+The knee is the highest offered rate at which the server still keeps up: it produces tokens as fast as they are asked
+for, and waiting times do not grow while the load lasts. Both signs are needed. Throughput alone is noisy in a short
+stage; waiting time alone cannot tell a burst from overload. At `1 + x` times its capacity a server falls behind by `x`
+seconds per second, so requests that arrive at the end of a stage of `T` seconds wait about `x·T` seconds longer: at 5 %
+overload and 30 s that is 1.5 s, many times an unloaded TTFT. Once a stage saturates, throughput / tokens per request is
+a second, independent estimate of the knee, which decides within the measured bracket.
+
+Everything here is pure; rates are requests/s, times are seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field
+
+from rollout.stage import LatencyLimit, LatencyMetric, Percentile, Stage
+from rollout.values import Value
+
+FOLLOWS_AT_LEAST = 0.9
+"""Share of the offered tokens that a server which keeps up produces; 0.9: a short stage's noise is about 5 %."""
+
+FALLS_BEHIND_BY = 0.05
+"""Growth of the waiting time, in seconds per second of load, from which a server counts as overloaded."""
+
+FAILED_SHARE_AT_MOST = 0.01
+
+TARGET_UTILISATION = 0.8
+"""Share of the knee at which to run; 0.8 leaves room for 25 % growth while a new replica starts."""
+
+
+class Zone(StrEnum):
+    RISING = "rising"
+    """Throughput follows the load."""
+    KNEE = "knee"
+    """Between the highest rate that was sustained and the lowest that was not."""
+    PAST = "past"
+    """Throughput has stopped rising, and latency has left its plateau."""
+
+
+class Confidence(StrEnum):
+    HIGH = "high"
+    """Bracketed within the sweep's resolution, both sides measured at least twice, and nothing contradicts."""
+    MEDIUM = "medium"
+    """Bracketed, but more widely, or each side measured once."""
+    LOW = "low"
+    """Stages contradict one another, or the bracket is wider than a factor of 1.5."""
+
+
+class CurvePoint(Value):
+    """All stages of one rate taken together (their median)."""
+
+    rate_per_s: Annotated[float, Field(gt=0)]
+    output_tokens_per_s: float
+    offered_output_tokens_per_s: float
+    sustained: bool
+    zone: Zone
+    stages: Annotated[int, Field(ge=1)]
+    agree: bool = True
+    """Whether all stages of this rate gave the same verdict."""
+    client_limited: bool = False
+
+
+class Knee(Value):
+    """The saturation point."""
+
+    rate_per_s: float
+    """Best estimate; within [`lower_rate_per_s`, `upper_rate_per_s`]."""
+    lower_rate_per_s: float
+    """Highest rate that was sustained; 0 if none was."""
+    upper_rate_per_s: float
+    """Lowest rate that was not sustained."""
+    output_tokens_per_s: float
+    confidence: Confidence
+    reason: str
+
+
+class Curve(Value):
+    """A load sweep, judged."""
+
+    points: tuple[CurvePoint, ...]
+    """By rising rate."""
+    knee: Knee | None
+    """None if it was not reached; then `not_reached` says what is known."""
+    not_reached: str = ""
+
+    @property
+    def highest_sustained_per_s(self) -> float:
+        """0 if no stage was sustained."""
+        return max((point.rate_per_s for point in self.points if point.sustained), default=0.0)
+
+    @property
+    def max_output_tokens_per_s(self) -> float:
+        return max((point.output_tokens_per_s for point in self.points), default=0.0)
+
+
+class HpaSuggestion(Value):
+    """What a HorizontalPodAutoscaler should hold."""
+
+    metric: str
+    """vLLM's name of it."""
+    average_value: float
+    """Per replica."""
+    reason: str
+
+
+def is_sustained(stage: Stage, plateau_ttft_s: float | None) -> bool:
+    """Whether the server kept up with the stage; `plateau_ttft_s` is the median TTFT without load."""
+    if stage.failed_share > FAILED_SHARE_AT_MOST or stage.follows < _least_follows(stage):
+        return False
+    return _falls_behind_by(stage, plateau_ttft_s) < FALLS_BEHIND_BY
+
+
+def _least_follows(stage: Stage) -> float:
+    """`FOLLOWS_AT_LEAST`, less the noise of a window that holds few answers: an answer more or less is no overload."""
+    answers = max(1.0, stage.requests * (2 / 3))
+    return FOLLOWS_AT_LEAST - min(0.4, 1 / math.sqrt(answers)) * (1 if stage.late_ttft_s is not None else 0)
+
+
+def _falls_behind_by(stage: Stage, plateau_ttft_s: float | None) -> float:
+    """Growth of the waiting time in seconds per second of load."""
+    if stage.late_ttft_s is None or plateau_ttft_s is None:
+        return 0.0
+    # The late requests arrived, on average, after nine tenths of the stage.
+    return (stage.late_ttft_s - plateau_ttft_s) / (0.9 * stage.duration_s)
+
+
+def plateau_ttft_s(stages: Sequence[Stage]) -> float | None:
+    """Median TTFT at the lowest rate."""
+    lowest = min(stages, key=lambda stage: stage.rate_per_s, default=None)
+    return lowest.ttft_s.p50 if lowest is not None and lowest.ttft_s is not None else None
+
+
+def build_curve(stages: Sequence[Stage], *, resolution: float = 0.1) -> Curve:
+    """Judge a sweep. `resolution` is the relative width of the bracket that the sweep aimed at."""
+    plateau = plateau_ttft_s(stages)
+    by_rate: dict[float, list[Stage]] = {}
+    for stage in stages:
+        by_rate.setdefault(round(stage.rate_per_s, 6), []).append(stage)
+    judged = [_judge(rate, by_rate[rate], plateau) for rate in sorted(by_rate)]
+    lower, upper = _bracket(judged)
+    points = tuple(point.model_copy(update={"zone": _zone(point.rate_per_s, lower, upper)}) for point in judged)
+    if not points:
+        return Curve(points=(), knee=None, not_reached="no stage was measured")
+    if upper is None:
+        return Curve(points=points, knee=None, not_reached=_why_not_reached(points, lower))
+    return Curve(points=points, knee=_knee(points, lower, upper, stages, resolution))
+
+
+def _judge(rate: float, stages: Sequence[Stage], plateau: float | None) -> CurvePoint:
+    verdicts = [is_sustained(stage, plateau) for stage in stages]
+    tokens = sorted(stage.output_tokens_per_s for stage in stages)
+    return CurvePoint(
+        rate_per_s=rate,
+        output_tokens_per_s=tokens[len(tokens) // 2],
+        offered_output_tokens_per_s=stages[0].offered_output_tokens_per_s,
+        # A tie counts as sustained: it takes a majority to call a server overloaded.
+        sustained=2 * sum(verdicts) >= len(verdicts),
+        zone=Zone.RISING,
+        stages=len(stages),
+        agree=len(set(verdicts)) == 1,
+        client_limited=any(stage.client and stage.client.limited_by for stage in stages),
+    )
+
+
+def _bracket(points: Sequence[CurvePoint]) -> tuple[float, float | None]:
+    """The highest sustained rate below the first lasting overload, and that overload (None: there is none).
+
+    A single overloaded rate below more sustained rates than overloaded ones is noise. Stages that the client limited
+    prove nothing about the server's limit.
+    """
+    usable = [point for point in points if point.sustained or not point.client_limited]
+    best_split, fewest_contradictions = len(usable), math.inf
+    for split in range(len(usable), -1, -1):  # from the right: on a tie, the higher knee
+        contradictions = sum(not p.sustained for p in usable[:split]) + sum(p.sustained for p in usable[split:])
+        if contradictions < fewest_contradictions:
+            best_split, fewest_contradictions = split, contradictions
+    lower = max((point.rate_per_s for point in usable[:best_split] if point.sustained), default=0.0)
+    upper = min((point.rate_per_s for point in usable[best_split:] if not point.sustained), default=None)
+    return lower, upper
+
+
+def _zone(rate: float, lower: float, upper: float | None) -> Zone:
+    if upper is None or rate < lower:
+        return Zone.RISING
+    return Zone.KNEE if rate <= lower or rate < upper else Zone.PAST
+
+
+def _why_not_reached(points: Sequence[CurvePoint], lower: float) -> str:
+    limited = [point.rate_per_s for point in points if point.client_limited]
+    if limited:
+        return (
+            f"the knee is above {lower:.3g} requests/s: from {min(limited):.3g} requests/s the load generator itself"
+            " was the limit. Use the in-cluster engine (inference-perf), or a machine with more free CPU."
+        )
+    return f"the knee is above {lower:.3g} requests/s, the highest rate that was offered and sustained."
+
+
+def saturation_rate(stages: Sequence[Stage], lower: float) -> float | None:
+    """Requests/s that the saturated server's throughput stands for; None without a saturated stage.
+
+    The highest throughput among the overloaded stages counts: an engine that collapses under more load produces less.
+    """
+    plateau = plateau_ttft_s(stages)
+    saturated = [s for s in stages if s.rate_per_s > lower and s.follows < 1 and not is_sustained(s, plateau)]
+    # Refusals and errors are not throughput of a saturated engine.
+    rates = [s.rate_per_s * s.follows for s in saturated if s.failed_share <= FAILED_SHARE_AT_MOST]
+    return max(rates) if rates else None
+
+
+def _knee(points: Sequence[CurvePoint], lower: float, upper: float, stages: Sequence[Stage], resolution: float) -> Knee:
+    estimate = saturation_rate(stages, lower)
+    middle = math.sqrt(lower * upper) if lower else upper / 2
+    rate = min(max(estimate, lower), upper) if estimate is not None else middle
+    best = max(point.output_tokens_per_s for point in points)
+    width = upper / lower if lower else math.inf
+    contradicted = any(p.sustained != (p.rate_per_s <= lower) or not p.agree for p in points if not p.client_limited)
+    repeated = all(p.stages >= 2 for p in points if p.rate_per_s in (lower, upper))
+    if not lower:
+        confidence, reason = Confidence.LOW, f"even the lowest rate, {upper:.3g} requests/s, overloads the server"
+    elif width > 1.5 or (contradicted and not repeated):
+        confidence = Confidence.LOW
+        reason = "stages contradict one another" if width <= 1.5 else f"the bracket is a factor of {width:.2g} wide"
+    elif width > 1 + 1.5 * resolution or not repeated:
+        confidence = Confidence.MEDIUM
+        reason = "each side was measured once" if not repeated else f"the bracket is {width - 1:.0%} wide"
+    else:
+        confidence, reason = Confidence.HIGH, f"both sides were repeated, {width - 1:.0%} apart"
+    return Knee(
+        rate_per_s=rate,
+        lower_rate_per_s=lower,
+        upper_rate_per_s=upper,
+        output_tokens_per_s=best,
+        confidence=confidence,
+        reason=reason,
+    )
+
+
+def interpolate(stages: Sequence[Stage], rate_per_s: float, metric: LatencyMetric, percentile: Percentile) -> float:
+    """A latency in seconds at a rate between measured ones (linear), flat beyond the ends; NaN without stages."""
+    pairs = _pairs(stages, metric, percentile)
+    if not pairs:
+        return math.nan
+    if rate_per_s <= pairs[0][0]:
+        return pairs[0][1]
+    for (low, at_low), (high, at_high) in pairwise(pairs):
+        if rate_per_s <= high:
+            return at_low + (at_high - at_low) * (rate_per_s - low) / (high - low)
+    return pairs[-1][1]
+
+
+def highest_rate_within(stages: Sequence[Stage], limits: Sequence[LatencyLimit], *, resolution: float = 0.1) -> float:
+    """The highest rate that is sustained and meets every limit; 0 if not even the lowest measured rate does.
+
+    Linear between stages; from the first stage that misses a limit on, all higher rates are ruled out.
+    """
+    curve = build_curve(stages, resolution=resolution)
+    highest = curve.knee.rate_per_s if curve.knee else curve.highest_sustained_per_s
+    for limit in limits:
+        highest = min(highest, _crossing(_pairs(stages, limit.metric, limit.percentile), limit.limit_s))
+    return highest
+
+
+def _pairs(stages: Sequence[Stage], metric: LatencyMetric, percentile: Percentile) -> list[tuple[float, float]]:
+    """(rate, latency) by rising rate, the median of the stages of each rate."""
+    values: dict[float, list[float]] = {}
+    for stage in stages:
+        value = stage.latency_s(metric, percentile)
+        if value is not None:
+            values.setdefault(round(stage.rate_per_s, 6), []).append(value)
+    return [(rate, sorted(values[rate])[len(values[rate]) // 2]) for rate in sorted(values)]
+
+
+def _crossing(pairs: Sequence[tuple[float, float]], limit: float) -> float:
+    """Where the line through `pairs` first exceeds `limit`; 0 if it begins above, inf if it never does."""
+    if not pairs or pairs[0][1] > limit:
+        return 0.0
+    for (low, at_low), (high, at_high) in pairwise(pairs):
+        if at_high > limit:
+            return low + (high - low) * (limit - at_low) / (at_high - at_low)
+    return math.inf
+
+
+def operating_rate(
+    stages: Sequence[Stage], limits: Sequence[LatencyLimit] = (), *, utilisation: float = TARGET_UTILISATION
+) -> float:
+    """The rate at which one replica should run: `utilisation` of the knee, and within the limits."""
+    curve = build_curve(stages)
+    limit = utilisation * (curve.knee.rate_per_s if curve.knee else curve.highest_sustained_per_s)
+    return min(limit, highest_rate_within(stages, limits)) if limits else limit
+
+
+def headroom(stages: Sequence[Stage], rate_per_s: float) -> float:
+    """Share of the knee that is free at a rate; negative past the knee. A knee not reached counts as the last rate."""
+    curve = build_curve(stages)
+    limit = curve.knee.rate_per_s if curve.knee else curve.highest_sustained_per_s
+    return 1 - rate_per_s / limit if limit else -math.inf
+
+
+def replicas_for(
+    demand_per_s: float,
+    stages: Sequence[Stage],
+    limits: Sequence[LatencyLimit] = (),
+    *,
+    utilisation: float = TARGET_UTILISATION,
+) -> int | None:
+    """Replicas for a demand in requests/s, each at its operating rate; None if one replica cannot meet the limits."""
+    each = operating_rate(stages, limits, utilisation=utilisation)
+    return max(1, math.ceil(demand_per_s / each - 1e-9)) if each > 0 else None
+
+
+def hpa_suggestion(
+    stages: Sequence[Stage], limits: Sequence[LatencyLimit] = (), *, utilisation: float = TARGET_UTILISATION
+) -> HpaSuggestion | None:
+    """Threshold and metric for the HPA; None if no rate meets the limits.
+
+    On the number of running requests: unlike requests/s it does not depend on how long requests are, unlike GPU
+    utilisation it is not 100 % from the first request on, and unlike the queue it rises before users wait.
+    https://cloud.google.com/kubernetes-engine/docs/best-practices/machine-learning/inference/autoscaling
+    """
+    rate = operating_rate(stages, limits, utilisation=utilisation)
+    pairs = sorted((stage.rate_per_s, stage.concurrency_mean) for stage in stages)
+    if rate <= 0 or not pairs:
+        return None
+    running = _linear([(0.0, 0.0), *pairs], rate)
+    return HpaSuggestion(
+        metric="vllm:num_requests_running",
+        average_value=max(1.0, math.floor(running)),
+        reason=f"{running:.3g} requests run at {rate:.3g} requests/s, the operating point of one replica",
+    )
+
+
+def _linear(pairs: Sequence[tuple[float, float]], x: float) -> float:
+    for (low, at_low), (high, at_high) in pairwise(pairs):
+        if low <= x <= high and high > low:
+            return at_low + (at_high - at_low) * (x - low) / (high - low)
+    return pairs[-1][1]
