@@ -1,0 +1,1 @@
+"""The serving engine of the embedded cloud: a simulated vLLM, and real vLLM on the CPU."""
