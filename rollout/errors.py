@@ -67,6 +67,10 @@ class RepositoryGated(BadInput):
     """The licence is not accepted, or the token is missing or lacks the right to read the repository."""
 
 
+class RepositoryRenamed(BadInput):
+    """The repository goes by another name now; the summary says which."""
+
+
 class RevisionNotFound(BadInput):
     """The repository has no such branch, tag or commit."""
 
@@ -101,6 +105,18 @@ class UniverseMismatch(BadInput):
 
 class NotFound(RolloutError):
     """A resource that should be there is not."""
+
+
+class AlreadyExists(RolloutError):
+    """A resource of that name is there already."""
+
+
+class ConcurrentChange(TransientError):
+    """Somebody else changed the same thing in between (a stale etag): read again, then write again."""
+
+
+class QuotaExceeded(BadInput):
+    """The project's quota does not allow what was asked for; the summary names the metric."""
 
 
 class PreflightFailed(BadInput):
