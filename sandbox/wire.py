@@ -239,7 +239,7 @@ class _Sender:
                 self._open_file_at(self._offset + start)
                 step = min(step, self._file_stop - self._offset - start)
                 if step <= 0:
-                    raise EOFError(f"{self._source} ended before byte {self._offset + stop}")
+                    raise EOFError(f"{self._source!r} ended before byte {self._offset + stop}")
             await self._link.passage(self.transport, step)
             # TLS cannot use sendfile: the kernel does not hold the keys.
             if self._file is None or self.transport.get_extra_info("sslcontext") is not None:
