@@ -166,8 +166,8 @@ class Gke:
     ) -> tuple[ClusterInfo, Change]:
         """The running cluster: created, adopted, or ours already; an operation under way is joined, not refused.
 
-        `NotFound` if it is absent and the target says not to make it; `QuotaExceeded` and `RolloutError` with GKE's words
-        if it cannot be made; `DeadlineExceeded` after `timeout_s`, while GKE goes on.
+        `NotFound` if it is absent and the target says not to make it; `QuotaExceeded` and `RolloutError` with GKE's
+        words if it cannot be made; `DeadlineExceeded` after `timeout_s`, while GKE goes on.
         """
         follow = _Follower(self._client, self._location, timeout_s, on_progress)
         found = self._get()
@@ -260,13 +260,15 @@ class Gke:
     def delete(
         self, *, timeout_s: float = CLUSTER_TIMEOUT_S, on_progress: OnProgress = ignore_progress
     ) -> Change | None:
-        """Delete the cluster and wait until it is gone; None if it was."""
+        """Delete the cluster and wait until it is gone; None if it was. Operations under way are awaited first."""
+        follow = _Follower(self._client, self._location, timeout_s, on_progress)
+        follow.running_on(self._name)
         try:
             with google_errors(self._name):
                 operation = self._client.delete_cluster(name=self._name)
         except NotFound:
             return None
-        _Follower(self._client, self._location, timeout_s, on_progress).until_done(operation)
+        follow.until_done(operation)
         return self._change(Action.DELETED, "")
 
     def _create(self, labels: Mapping[str, str], follow: _Follower) -> bool:

@@ -19,6 +19,7 @@ from google.auth.credentials import AnonymousCredentials, Credentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError, TransportError
 from google.auth.transport.requests import AuthorizedSession, Request
 
+from rollout.clients.retrying import TRANSIENT_STATUSES, transient
 from rollout.errors import (
     AlreadyExists,
     ApiDisabled,
@@ -54,7 +55,8 @@ def credentials_for(target: Target) -> Credentials:
         raise UniverseMismatch(
             f"the credentials belong to {found.universe_domain}, the target to {target.universe.domain}.",
             where=target.name,
-            resolution=f"Log in to {target.universe.domain} (`gcloud config set core/universe_domain`), or change target.",
+            resolution=f"Log in to {target.universe.domain} "
+            "(`gcloud config set core/universe_domain`), or change the target.",
         )
     return found
 
@@ -141,20 +143,18 @@ def error_of_response(response: requests.Response, where: str) -> RolloutError:
     if isinstance(body, dict) and isinstance(body.get("error"), dict):
         message = body["error"].get("message", message)
         details = tuple(body["error"].get("details", ()))
-    error = _classify(response.status_code, message, details, where)
-    if isinstance(error, TransientError):
-        error.retry_after_s = _retry_after_s(response)
-    return error
+    return _classify(response.status_code, message, details, where, response.headers.get("Retry-After"))
 
 
-_TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-
-
-def _classify(status: int, message: str, details: tuple[Mapping[str, Any], ...], where: str) -> RolloutError:
+def _classify(
+    status: int, message: str, details: tuple[Mapping[str, Any], ...], where: str, retry_after: str | None = None
+) -> RolloutError:
     info = next((detail for detail in details if detail.get("@type", "").endswith("ErrorInfo")), {})
     reason = info.get("reason", "")
-    if status in _TRANSIENT_STATUSES:
-        return TransientError(f"{status}: {message}", where=where, resolution="It is worth another try.")
+    if status in TRANSIENT_STATUSES:
+        return transient(
+            f"{status}: {message}", where=where, resolution="It is worth another try.", retry_after=retry_after
+        )
     if status == 412 or (status == 409 and "concurrent" in message.lower()):
         return ConcurrentChange(message, where=where, resolution="Read it again, then write it again.")
     if reason == "CLUSTER_ALREADY_HAS_OPERATION" or "try again once it is done" in message:
@@ -207,8 +207,3 @@ def _classify_denial(message: str, info: Mapping[str, Any], where: str) -> Rollo
         where=where,
         resolution=f"Ask for a role that holds {permission}.",
     )
-
-
-def _retry_after_s(response: requests.Response) -> float | None:
-    value = response.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else None

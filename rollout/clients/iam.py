@@ -8,8 +8,6 @@ that many people write: it is read, changed and written back with its etag, and 
 from __future__ import annotations
 
 import copy
-import random
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -18,7 +16,8 @@ from google.api_core.iam import Policy as BucketIamPolicy
 from google.cloud.storage import Client as StorageClient
 
 from rollout.clients.google_auth import RestApi, client_options, credentials_for, google_errors
-from rollout.errors import AlreadyExists, ConcurrentChange, DeadlineExceeded, NotFound
+from rollout.clients.retrying import with_retries
+from rollout.errors import AlreadyExists, BucketNotFound, NotFound, TransientError
 from rollout.report import Action, Change
 from rollout.target import Target
 from rollout.values import Value
@@ -29,13 +28,11 @@ OBJECT_VIEWER = "roles/storage.objectViewer"
 OWNERSHIP_DESCRIPTION = "Made by llm-rollout: identity of model servers."
 """How a service account, which has no labels, says that it is ours."""
 
-POLICY_ATTEMPTS = 12
-"""Conflicts in a row before giving up: with the back-off below about 30 s, far beyond any honest race."""
-_FIRST_BACKOFF_S = 0.05
-_LONGEST_BACKOFF_S = 5.0
+POLICY_ATTEMPTS = 8
+"""Conflicts in a row before giving up: about half a minute with jitter, far beyond any honest race."""
 
-VISIBLE_WITHIN_S = 120.0
-"""Google: a new account can take 60 seconds or more until it can be read everywhere; twice that."""
+VISIBLE_ATTEMPTS = 10
+"""Google: a new account can take 60 seconds or more until it can be read. Ten attempts wait up to two minutes."""
 
 PolicyDocument = dict[str, Any]
 """`{version, etag, bindings: [{role, members, condition?}], …}` as the APIs give it; unknown fields are kept."""
@@ -85,7 +82,7 @@ class ServiceAccounts:
         except AlreadyExists:
             # Made a moment ago, by an attempt of ours or by somebody else; the description will tell.
             action = Action.ADOPTED
-        account = self._await_visible(email)
+        account = with_retries(lambda: self._visible(email), attempts=VISIBLE_ATTEMPTS)
         if action is Action.ADOPTED and account.is_ours:
             action = Action.UNCHANGED
         return account, Change(action=action, kind="ServiceAccount", name=email)
@@ -98,20 +95,15 @@ class ServiceAccounts:
             return None
         return Change(action=Action.DELETED, kind="ServiceAccount", name=email)
 
-    def _await_visible(self, email: str) -> ServiceAccount:
-        deadline = time.monotonic() + VISIBLE_WITHIN_S
-        pause_s = 0.1
-        while time.monotonic() < deadline:
-            account = self.get(email)
-            if account is not None:
-                return account
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 2, _LONGEST_BACKOFF_S)
-        raise DeadlineExceeded(
-            f"the service account cannot be read {VISIBLE_WITHIN_S:.0f} s after its creation.",
-            where=email,
-            resolution="IAM is slow today: run again, nothing needs to be undone.",
-        )
+    def _visible(self, email: str) -> ServiceAccount:
+        account = self.get(email)
+        if account is None:
+            raise TransientError(
+                "the service account was created but cannot be read yet.",
+                where=email,
+                resolution="IAM is slow today: run again, nothing needs to be undone.",
+            )
+        return account
 
 
 class PolicyStore(Protocol):
@@ -171,8 +163,13 @@ class BucketPolicy:
         self._bucket = client.bucket(bucket)
 
     def read(self) -> PolicyDocument:
-        with google_errors(self.name):
-            policy = self._bucket.get_iam_policy(requested_policy_version=3)
+        try:
+            with google_errors(self.name):
+                policy = self._bucket.get_iam_policy(requested_policy_version=3)
+        except NotFound as error:
+            raise BucketNotFound(
+                "there is no such bucket.", where=self.name, resolution="Create it, or correct the target."
+            ) from error
         document: PolicyDocument = policy.to_api_repr()
         return document
 
@@ -243,19 +240,12 @@ def _editable(policy: Mapping[str, Any]) -> PolicyDocument:
 
 
 def _change_policy(store: PolicyStore, role: str, member: str, edit: PolicyEdit, action: Action) -> Change | None:
-    for attempt in range(POLICY_ATTEMPTS):
+    def attempt() -> Change | None:
+        # The whole read-modify-write is tried again: writing the same document with a newer etag would lose bindings.
         changed = edit(store.read(), role, member)
         if changed is None:
             return None
-        try:
-            store.write(changed)
-        except ConcurrentChange:
-            longest = min(_FIRST_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S)
-            time.sleep(random.uniform(0, longest))
-        else:
-            return Change(action=action, kind="IamBinding", name=binding_name(store.name, role, member))
-    raise ConcurrentChange(
-        f"the policy was changed by others {POLICY_ATTEMPTS} times in a row.",
-        where=store.name,
-        resolution="Find out what keeps writing this policy, then run again.",
-    )
+        store.write(changed)
+        return Change(action=action, kind="IamBinding", name=binding_name(store.name, role, member))
+
+    return with_retries(attempt, attempts=POLICY_ATTEMPTS)
