@@ -322,7 +322,7 @@ _SAMPLE = re.compile(r"^(vllm:[a-z_]+)(?:\{[^}]*\})? ([-+.0-9eE]+|NaN)$", re.MUL
 
 
 def parse_vllm_metrics(text: str) -> dict[str, float]:
-    """vLLM's plain gauges and counters from the Prometheus text format, summed over engines; histograms are left out."""
+    """vLLM's plain gauges and counters in the Prometheus text format, summed over engines; no histograms."""
     values: dict[str, float] = {}
     for name, value in _SAMPLE.findall(text):
         if not name.endswith(("_bucket", "_created", "_sum")):

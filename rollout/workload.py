@@ -179,8 +179,10 @@ class Workload(Value):
             return None
         return self.input_lengths.maximum + self.output_lengths.maximum
 
-    def schedule(self, rate_per_s: float, duration_s: float) -> list[PlannedRequest]:
-        """The requests of a stage in order of time; at least one.
+    def schedule(self, rate_per_s: float, duration_s: float, *, repeat: int = 0) -> list[PlannedRequest]:
+        """The requests of a stage in order of time; at least one. `repeat` draws the same load anew.
+
+        `planned_duration_s` says how long the stage is: `duration_s`, rounded to a whole number of requests.
 
         Poisson arrivals are drawn given their expected number: that many independent uniform times, which is what a
         Poisson process looks like once its count is known. The offered rate is then exactly `rate_per_s` in every
@@ -188,11 +190,11 @@ class Workload(Value):
         """
         if rate_per_s <= 0 or duration_s <= 0:
             raise BadInput(f"a rate of {rate_per_s:g}/s for {duration_s:g} s sends nothing.", where="workload")
-        count = max(1, round(rate_per_s * duration_s))
+        count = _request_count(rate_per_s, duration_s)
         # The rate is part of the seed: stages of different rates must not repeat each other's prompts.
-        random = np.random.default_rng([self.seed, round(rate_per_s * 1e6), round(duration_s * 1e3)])
+        random = np.random.default_rng([self.seed, repeat, round(rate_per_s * 1e6), count])
         shares = np.sort(random.random(count)) if self.arrivals is Arrivals.POISSON else np.arange(count) / count
-        times = shares * duration_s
+        times = shares * planned_duration_s(rate_per_s, duration_s)
         if self.dataset:
             order = [i for _ in range(-(-count // len(self.dataset))) for i in random.permutation(len(self.dataset))]
             entries = (self.dataset[i] for i in order[:count])
@@ -230,6 +232,15 @@ class Workload(Value):
                 "output_lengths": _scaled(self.output_lengths, scale),
             }
         )
+
+
+def planned_duration_s(rate_per_s: float, duration_s: float) -> float:
+    """The length of a stage, so that a whole number of requests is offered at exactly `rate_per_s`."""
+    return _request_count(rate_per_s, duration_s) / rate_per_s
+
+
+def _request_count(rate_per_s: float, duration_s: float) -> int:
+    return max(1, round(rate_per_s * duration_s))
 
 
 def _scaled(lengths: TokenLengths, scale: float) -> TokenLengths:

@@ -73,6 +73,7 @@ def test_an_unknown_workload_names_the_known_ones() -> None:
 def test_the_same_seed_repeats_a_stage_and_another_does_not() -> None:
     assert QUICKSTART.schedule(5, 10) == QUICKSTART.schedule(5, 10)
     assert QUICKSTART.schedule(5, 10) != QUICKSTART.model_copy(update={"seed": 1}).schedule(5, 10)
+    assert QUICKSTART.schedule(5, 10) != QUICKSTART.schedule(5, 10, repeat=1)
     assert QUICKSTART.key == QUICKSTART.model_copy(update={"description": "other words"}).key
 
 
