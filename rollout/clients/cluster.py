@@ -1,0 +1,444 @@
+"""A Kubernetes cluster that serves models: preview, apply, prune, delete, wait, reach.
+
+Changes go through server-side apply with the field manager `llm-rollout` and never force. Only objects that carry our
+label are ever deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+from google.auth.credentials import AnonymousCredentials
+from google.auth.transport.requests import Request
+from kubernetes.client import ApiClient, Configuration
+from kubernetes.config import ConfigException, new_client_from_config
+
+from rollout.clients.cluster_api import ClusterApi, Snapshot
+from rollout.clients.cluster_wait import LogLine, Progress, StartupWait, WaitReport, follow_deployment_logs
+from rollout.clients.gke import Gke
+from rollout.clients.google_auth import credentials_for, google_errors
+from rollout.clients.port_forward import service_endpoint
+from rollout.diagnosis import StartupObservation
+from rollout.diff import ObjectDiff, diff_markdown, diff_object
+from rollout.errors import (
+    BadInput,
+    DeadlineExceeded,
+    FieldConflict,
+    ManifestRejected,
+    NotFound,
+    RolloutError,
+)
+from rollout.objects import INSTANCE_LABEL, MANAGED_BY_LABEL, MANAGER, is_ours, without_ownership
+from rollout.plan import object_name
+from rollout.rendering import KubernetesObject
+from rollout.report import Action, Change
+from rollout.target import ClusterMode, Target
+from rollout.values import Value
+
+APPLY_PATCH = "application/apply-patch+yaml"
+"""JSON is YAML: the body is sent as JSON."""
+
+REVISION_ANNOTATION = "deployment.kubernetes.io/revision"
+TEMPLATE_HASH_LABEL = "pod-template-hash"
+
+DELETE_DEADLINE_S = 600.0
+"""The grace period (120 s by default), the namespace controller's own rounds and a node that is slow to answer."""
+
+_KINDS = (
+    ("cloud.google.com/v1", "ComputeClass"),
+    ("v1", "Namespace"),
+    ("v1", "ServiceAccount"),
+    ("v1", "Secret"),
+    ("v1", "ConfigMap"),
+    ("v1", "PersistentVolumeClaim"),
+    ("apps/v1", "Deployment"),
+    ("batch/v1", "Job"),
+    ("v1", "Pod"),
+    ("v1", "Service"),
+    ("policy/v1", "PodDisruptionBudget"),
+    ("autoscaling/v2", "HorizontalPodAutoscaler"),
+    ("monitoring.googleapis.com/v1", "PodMonitoring"),
+    ("inference.networking.k8s.io/v1", "InferencePool"),
+    ("gateway.networking.k8s.io/v1", "Gateway"),
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"),
+)
+"""What a rollout can leave behind, in the order of application. Kinds that are not installed are passed over."""
+
+_SYSTEM_MADE = frozenset({"default", "kube-root-ca.crt"})
+"""Objects that Kubernetes itself puts into every namespace."""
+
+
+class ApplyPreview(Value):
+    """What an apply would do, by the server's own word. Nothing has changed."""
+
+    diffs: tuple[ObjectDiff, ...]
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        return tuple(diff.change for diff in self.diffs)
+
+    @property
+    def markdown(self) -> str:
+        return diff_markdown(self.diffs)
+
+
+class Revision(Value):
+    """One generation of a Deployment's pods, as its ReplicaSet keeps it."""
+
+    number: int
+    replica_set: str
+    image: str
+    args: tuple[str, ...]
+    annotations: dict[str, str]
+    """The pod template's, with our provenance."""
+
+
+class ClusterClient:
+    """One namespace of one cluster."""
+
+    def __init__(self, api: ClusterApi, target: Target) -> None:
+        self.api = api
+        self.target = target
+
+    @classmethod
+    def connect(cls, target: Target) -> Self:
+        """Reach the target's cluster: through GKE's API, or by a kubeconfig context.
+
+        Raises NotFound if GKE has no such cluster, BadInput for a kubeconfig that does not help, PermissionMissing, and
+        ClusterUnreachable.
+        """
+        if target.cluster.mode is ClusterMode.KUBECONFIG:
+            return cls(ClusterApi(_client_from_kubeconfig(target)), target)
+        return cls(ClusterApi(_client_from_gke(target)), target)
+
+    # --- Changing -----------------------------------------------------------------------------------------------------
+
+    def preview(self, manifests: Sequence[KubernetesObject]) -> ApplyPreview:
+        """Dry-run everything on the server, and compare with what is live.
+
+        Raises FieldConflict or ManifestRejected; if several objects are refused, one ManifestRejected names them all.
+        """
+        diffs: list[ObjectDiff] = []
+        refusals: list[RolloutError] = []
+        for manifest in manifests:
+            try:
+                diffs.append(self._dry_run(manifest, manifests))
+            except (ManifestRejected, FieldConflict, NotFound) as refusal:
+                refusals.append(_about(manifest, refusal))
+        if len(refusals) == 1:
+            raise refusals[0]
+        if refusals:
+            raise ManifestRejected("; ".join(map(str, refusals)), where=self.api.host)
+        return ApplyPreview(diffs=tuple(diffs))
+
+    def apply(self, manifests: Sequence[KubernetesObject]) -> tuple[Change, ...]:
+        """Apply in the order given, after a dry run of everything. What is as planned already is not touched."""
+        changes: list[Change] = []
+        for manifest, diff in zip(manifests, self.preview(manifests).diffs, strict=True):
+            if diff.action in (Action.CREATED, Action.UPDATED):
+                try:
+                    self._server_side_apply(self._wanted(manifest), dry_run=False)
+                except (ManifestRejected, FieldConflict, NotFound) as refusal:
+                    raise _about(manifest, refusal) from refusal
+            changes.append(diff.change)
+        return tuple(changes)
+
+    def prune(self, manifests: Sequence[KubernetesObject], instance: str) -> tuple[Change, ...]:
+        """Delete objects of the Deployment `instance` that are ours and that the plan no longer holds."""
+        planned = {(manifest["kind"], object_name(manifest)) for manifest in manifests}
+        surplus = [
+            manifest
+            for manifest in self.inventory({INSTANCE_LABEL: instance})
+            if (manifest["kind"], object_name(manifest)) not in planned
+            and not manifest["metadata"].get("ownerReferences")
+        ]
+        return self.delete(surplus)
+
+    def delete(
+        self, manifests: Sequence[KubernetesObject], *, deadline_s: float = DELETE_DEADLINE_S
+    ) -> tuple[Change, ...]:
+        """Delete in reverse order what is ours, and wait until it is gone.
+
+        What somebody else made, and a Namespace that holds something of somebody else, is left and reported as adopted.
+        Raises DeadlineExceeded naming what is still there.
+        """
+        changes: list[Change] = []
+        going: list[KubernetesObject] = []
+        for manifest in reversed(manifests):
+            name = object_name(manifest)
+            live = self._find(manifest)
+            if live is None:
+                changes.append(Change(action=Action.UNCHANGED, kind=manifest["kind"], name=name, detail="not there"))
+                continue
+            reason = self._reason_to_keep(live)
+            if reason:
+                changes.append(Change(action=Action.ADOPTED, kind=manifest["kind"], name=name, detail=reason))
+                continue
+            going.append(live)
+            if live["metadata"].get("ownerReferences"):
+                continue  # goes with its owner; deleted by hand it would only be made anew
+            with contextlib.suppress(NotFound):
+                # Foreground: an owner goes only after what it owns, so that "gone" means the pods too.
+                self.api.request("DELETE", self.api.path_of(live), {"propagationPolicy": "Foreground"})
+            changes.append(Change(action=Action.DELETED, kind=manifest["kind"], name=name))
+        self._await_gone(going, deadline_s)
+        return tuple(changes)
+
+    def rollback(self, name: str) -> Change:
+        """Give the Deployment `name` its previous pod template back. Raises NotFound if there is none."""
+        replica_sets = self._replica_sets(name)
+        if len(replica_sets) < 2:
+            raise NotFound(
+                f"the Deployment {name} has no earlier revision.",
+                where=self.target.namespace,
+                resolution="Apply an earlier plan instead.",
+            )
+        current, previous = replica_sets[:2]
+        live = self.api.get(self._path("apps/v1", "Deployment", name))
+        template = previous["spec"]["template"]
+        labels = {key: value for key, value in template["metadata"]["labels"].items() if key != TEMPLATE_HASH_LABEL}
+        manifest: KubernetesObject = {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": _identity(live) | {"labels": live["metadata"].get("labels") or {}},
+            "spec": {
+                **{key: live["spec"][key] for key in ("replicas", "selector", "strategy", "progressDeadlineSeconds")},
+                "template": {**template, "metadata": {**template["metadata"], "labels": labels}},
+            },
+        }
+        manifest["spec"]["template"]["metadata"].pop("creationTimestamp", None)
+        self._server_side_apply(manifest, dry_run=False)
+        detail = f"back to revision {_revision_number(previous)} from {_revision_number(current)}"
+        return Change(action=Action.UPDATED, kind="Deployment", name=f"{self.target.namespace}/{name}", detail=detail)
+
+    # --- Reading ------------------------------------------------------------------------------------------------------
+
+    def find(self, manifest: KubernetesObject) -> KubernetesObject | None:
+        """The live object of the same kind and name, or None."""
+        return self._find(manifest)
+
+    def inventory(self, labels: Mapping[str, str] | None = None) -> tuple[KubernetesObject, ...]:
+        """Everything of ours that the target can hold, narrowed by labels, in the order of application."""
+        selector = ",".join(f"{key}={value}" for key, value in {MANAGED_BY_LABEL: MANAGER, **(labels or {})}.items())
+        return tuple(item for item in self._list_all({"labelSelector": selector}) if self._in_reach(item))
+
+    def revisions(self, name: str) -> tuple[Revision, ...]:
+        """The revisions of the Deployment `name` that Kubernetes keeps, newest first."""
+        return tuple(_revision(replica_set) for replica_set in self._replica_sets(name))
+
+    # --- Waiting and reaching -----------------------------------------------------------------------------------------
+
+    def wait_available(
+        self,
+        name: str,
+        *,
+        deadline_s: float,
+        context: StartupObservation | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_log: Callable[[LogLine], None] | None = None,
+        patience_factor: float = 1.0,
+    ) -> WaitReport:
+        """Watch the Deployment `name` until all of its new pods are available.
+
+        `context` tells the diagnosis what was planned: serving, target, weights. The rest of it is observed here.
+        Faults that may heal get their category's patience, times `patience_factor`.
+
+        Raises StartupFailed as soon as it cannot succeed, and DeadlineExceeded after `deadline_s` seconds.
+        """
+        wait = StartupWait(
+            self.api,
+            self.target.namespace,
+            name,
+            context=context or StartupObservation(target=self.target),
+            on_progress=on_progress,
+            on_log=on_log,
+            patience_factor=patience_factor,
+        )
+        return wait.run(deadline_s)
+
+    def follow_logs(self, name: str, on_line: Callable[[LogLine], None], stop: threading.Event) -> None:
+        """Pass on the log lines of all pods of the Deployment `name`, from now on, until `stop` is set."""
+        follow_deployment_logs(self.api, self.target.namespace, name, on_line, stop)
+
+    def endpoint(self, service_name: str) -> AbstractContextManager[str]:
+        """The Service's base URL: its DNS name inside the cluster, otherwise a port-forward that lives in the block."""
+        return service_endpoint(self.api, self.target.namespace, service_name)
+
+    # --- Parts --------------------------------------------------------------------------------------------------------
+
+    def _dry_run(self, manifest: KubernetesObject, manifests: Sequence[KubernetesObject]) -> ObjectDiff:
+        namespace = manifest["metadata"].get("namespace")
+        if namespace and self._will_be_made(namespace, manifests):
+            self._validate_elsewhere(manifest)
+            return diff_object(None, manifest)
+        live = self._find(manifest)
+        result = self._server_side_apply(self._wanted(manifest, live), dry_run=True)
+        diff = diff_object(live, result)
+        if diff.action is Action.UNCHANGED and live is not None and not is_ours(live):
+            return diff.model_copy(update={"action": Action.ADOPTED})
+        return diff
+
+    def _wanted(self, manifest: KubernetesObject, live: KubernetesObject | None = None) -> KubernetesObject:
+        live = live or self._find(manifest)
+        return manifest if live is None or is_ours(live) else without_ownership(manifest)
+
+    def _will_be_made(self, namespace: str, manifests: Sequence[KubernetesObject]) -> bool:
+        planned = any(m["kind"] == "Namespace" and m["metadata"]["name"] == namespace for m in manifests)
+        return planned and self.api.find(f"/api/v1/namespaces/{namespace}") is None
+
+    def _validate_elsewhere(self, manifest: KubernetesObject) -> None:
+        """Dry-run an object whose namespace does not exist yet, under another name in `default`."""
+        metadata = {key: value for key, value in manifest["metadata"].items() if key != "name"}
+        metadata |= {"namespace": "default", "generateName": f"{MANAGER}-preview-"}
+        path = self.api.resource(manifest["apiVersion"], manifest["kind"]).path("default")
+        query = {"dryRun": "All", "fieldValidation": "Strict", "fieldManager": MANAGER}
+        self.api.request("POST", path, query, {**manifest, "metadata": metadata})
+
+    def _server_side_apply(self, manifest: KubernetesObject, *, dry_run: bool) -> KubernetesObject:
+        query: dict[str, str] = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
+        if dry_run:
+            query["dryRun"] = "All"
+        return self.api.request("PATCH", self.api.path_of(manifest), query, manifest, APPLY_PATCH)
+
+    def _find(self, manifest: KubernetesObject) -> KubernetesObject | None:
+        return self.api.find(self.api.path_of(manifest))
+
+    def _path(self, api_version: str, kind: str, name: str | None = None) -> str:
+        return self.api.resource(api_version, kind).path(self.target.namespace, name)
+
+    def _list_all(self, query: Mapping[str, str]) -> Iterable[KubernetesObject]:
+        for api_version, kind in _KINDS:
+            try:
+                listing = self.api.get(self._path(api_version, kind), query)
+            except NotFound:
+                continue
+            for item in listing["items"]:
+                yield {"apiVersion": api_version, "kind": kind, **item}
+
+    def _in_reach(self, item: KubernetesObject) -> bool:
+        return item["kind"] != "Namespace" or item["metadata"]["name"] == self.target.namespace
+
+    def _reason_to_keep(self, live: KubernetesObject) -> str:
+        if not is_ours(live):
+            return "made by somebody else"
+        if live["kind"] != "Namespace":
+            return ""
+        foreign = [
+            f"{item['kind']} {item['metadata']['name']}"
+            for item in self._list_all({})
+            if item["metadata"].get("namespace") == live["metadata"]["name"]
+            and not is_ours(item)
+            and item["metadata"]["name"] not in _SYSTEM_MADE
+        ]
+        return f"still holds {', '.join(foreign[:3])}, which is not ours" if foreign else ""
+
+    def _await_gone(self, manifests: Sequence[KubernetesObject], deadline_s: float) -> None:
+        stop = threading.Event()
+        timer = threading.Timer(deadline_s, stop.set)
+        timer.daemon = True
+        timer.start()
+        try:
+            left = [manifest for manifest in manifests if not self._is_gone(manifest, stop)]
+        finally:
+            timer.cancel()
+        if left:
+            names = ", ".join(f"{manifest['kind']} {object_name(manifest)}" for manifest in left)
+            raise DeadlineExceeded(
+                f"still being deleted after {deadline_s:.0f} s: {names}.",
+                where=self.target.namespace,
+                resolution="Look at its finalizers with `kubectl get -o yaml`, and run the teardown again.",
+            )
+
+    def _is_gone(self, manifest: KubernetesObject, stop: threading.Event) -> bool:
+        metadata = manifest["metadata"]
+        collection = self.api.resource(manifest["apiVersion"], manifest["kind"]).path(metadata.get("namespace"))
+        try:
+            for event in self.api.follow(collection, {"fieldSelector": f"metadata.name={metadata['name']}"}, stop=stop):
+                if isinstance(event, Snapshot):
+                    if all(item["metadata"]["uid"] != metadata["uid"] for item in event.items):
+                        return True
+                elif event.type == "DELETED" and event.item["metadata"]["uid"] == metadata["uid"]:
+                    return True
+        except NotFound:
+            return True  # its namespace, or its whole kind, is gone
+        return False
+
+    def _replica_sets(self, name: str) -> list[KubernetesObject]:
+        deployment = self.api.get(self._path("apps/v1", "Deployment", name))
+        uid = deployment["metadata"]["uid"]
+        listing = self.api.get(self._path("apps/v1", "ReplicaSet"))
+        owned = [
+            item
+            for item in listing["items"]
+            if any(owner["uid"] == uid for owner in item["metadata"].get("ownerReferences") or [])
+        ]
+        return sorted(owned, key=_revision_number, reverse=True)
+
+
+def _identity(manifest: KubernetesObject) -> dict[str, Any]:
+    return {key: manifest["metadata"][key] for key in ("name", "namespace")}
+
+
+def _revision_number(replica_set: KubernetesObject) -> int:
+    return int((replica_set["metadata"].get("annotations") or {}).get(REVISION_ANNOTATION, 0))
+
+
+def _revision(replica_set: KubernetesObject) -> Revision:
+    template = replica_set["spec"]["template"]
+    container = template["spec"]["containers"][0]
+    return Revision(
+        number=_revision_number(replica_set),
+        replica_set=replica_set["metadata"]["name"],
+        image=container["image"],
+        args=tuple(container.get("args") or ()),
+        annotations=template["metadata"].get("annotations") or {},
+    )
+
+
+def _about(manifest: KubernetesObject, refusal: RolloutError) -> RolloutError:
+    """The refusal with the object's name in front: one message tells which file to correct."""
+    where = f"{manifest['kind']} {object_name(manifest)}"
+    return type(refusal)(refusal.summary, where=where, resolution=refusal.resolution)
+
+
+# --- Connections ------------------------------------------------------------------------------------------------------
+
+
+def _client_from_kubeconfig(target: Target) -> ApiClient:
+    try:
+        return new_client_from_config(config_file=target.cluster.kubeconfig, context=target.cluster.context)
+    except (ConfigException, OSError) as error:
+        raise BadInput(
+            f"the kubeconfig does not lead to a cluster: {error}",
+            where=f"target {target.name}",
+            resolution="Set target.cluster.kubeconfig and target.cluster.context, or $KUBECONFIG.",
+        ) from error
+
+
+def _client_from_gke(target: Target) -> ApiClient:
+    cluster = Gke(target).get()
+    if cluster is None or cluster.connection is None:
+        raise NotFound(
+            f"there is no cluster {target.cluster.name} in {target.project}, {target.region}.",
+            where=f"target {target.name}",
+            resolution="Roll out with target.cluster.create_if_absent: true, or name an existing cluster.",
+        )
+    configuration = Configuration(host=cluster.connection.url)
+    configuration.ca_cert_data = cluster.connection.ca_pem
+    credentials = credentials_for(target)
+    if not isinstance(credentials, AnonymousCredentials):
+
+        def present_token(configuration: Configuration) -> None:
+            # Called before every request: a wait of half an hour outlives a token.
+            with google_errors(f"target {target.name}"):
+                if not credentials.valid:
+                    credentials.refresh(Request())
+            configuration.api_key["authorization"] = f"Bearer {credentials.token}"
+
+        configuration.refresh_api_key_hook = present_token
+        present_token(configuration)
+    return ApiClient(configuration)
