@@ -2,8 +2,9 @@
 
 Simulated: buckets (names, locations, uniform access, public access prevention, labels, lifecycle and soft-delete
 settings, metageneration preconditions), objects (media, multipart and resumable uploads, XML multipart uploads,
-compose, rewrite, copy, move, ranges, generations, preconditions, crc32c and MD5 checks, listing), bucket IAM with etags,
-workloads' identities, injected faults, and a link of limited speed. State survives the server, also when it is killed.
+compose, rewrite, copy, move, ranges, generations, preconditions, crc32c and MD5 checks, listing), bucket IAM with
+etags, workloads' identities, injected faults, and a link of limited speed.
+State survives the server, also when it is killed.
 
 Not simulated: ACLs, object versions and restoring of deleted objects, encryption keys, retention, notifications,
 signed URLs, batches, gRPC, folders, conditions in policies. Requests for these, and unknown parameters, headers and

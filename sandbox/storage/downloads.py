@@ -102,5 +102,5 @@ def requested_span(header: str, size: int) -> range:
     else:
         first, last = int(match[1]), min(int(match[2] or size - 1), size - 1)
     if first >= size or last < first:
-        raise range_not_satisfiable(header)
+        raise range_not_satisfiable(header, size)
     return range(first, last + 1)

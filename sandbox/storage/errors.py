@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from xml.sax.saxutils import escape
 
@@ -29,17 +30,22 @@ class StorageError(Exception):
     location: tuple[str, str] | None = None
     """(locationType, location): which header or parameter is to blame."""
 
+    headers: Mapping[str, str] = field(default_factory=dict)
+
     def __str__(self) -> str:
         return f"{self.status} {self.reason}: {self.message}"
 
     def response(self, dialect: Dialect) -> web.Response:
         if self.status == 304:
             return web.Response(status=304)
-        if dialect is Dialect.JSON:
-            return web.Response(status=self.status, text=self._json(), content_type="application/json", charset="UTF-8")
-        if dialect is Dialect.XML:
-            return web.Response(status=self.status, text=self._xml(), content_type="application/xml", charset="UTF-8")
-        return web.Response(status=self.status, text=self.message, content_type="text/html", charset="UTF-8")
+        text, content_type = {
+            Dialect.JSON: (self._json(), "application/json"),
+            Dialect.XML: (self._xml(), "application/xml"),
+            Dialect.MEDIA: (self.message, "text/html"),
+        }[dialect]
+        return web.Response(
+            status=self.status, text=text, content_type=content_type, charset="UTF-8", headers=self.headers
+        )
 
     def _json(self) -> str:
         item = {"message": self.message, "domain": "global", "reason": self.reason}
@@ -139,7 +145,7 @@ def wrong_checksum(kind: str, provided: str, calculated: str) -> StorageError:
     return StorageError(400, "invalid", message, "BadDigest", message)
 
 
-def range_not_satisfiable(requested: str) -> StorageError:
+def range_not_satisfiable(requested: str, size: int) -> StorageError:
     return StorageError(
         416,
         "requestedRangeNotSatisfiable",
@@ -147,4 +153,6 @@ def range_not_satisfiable(requested: str) -> StorageError:
         "InvalidRange",
         requested,
         ("header", "Range"),
+        # The official client tells by this that it has read an empty object to its end.
+        {"Content-Range": f"bytes */{size}"},
     )
