@@ -369,10 +369,11 @@ class _Cdn:
         signed = hmac.compare_digest(signature, request.query.get("Signature", ""))
         if not signed or float(expires) < time.time():
             return _xml_error(HTTPStatus.FORBIDDEN, "AccessDenied", "Access denied")
-        repository = self._store.repository(f"{request.match_info['organisation']}/{request.match_info['name']}")
-        blob = request.match_info["blob"]
-        assert repository is not None, "signed links name existing files"
-        path = repository.folder / "blobs" / blob
+        repo_id = f"{request.match_info['organisation']}/{request.match_info['name']}"
+        repository, blob = self._store.repository(repo_id), request.match_info["blob"]
+        path = None if repository is None else repository.folder / "blobs" / blob
+        if path is None or not path.is_file():  # It was renamed since the link was given out.
+            return _xml_error(HTTPStatus.NOT_FOUND, "NoSuchKey", "The specified key does not exist.")
         # The CDN's own ETag says nothing about the content: only the hub's X-Linked-ETag is the sha256.
         etag = f'"{hashlib.md5(blob.encode()).hexdigest()}"'
         return _send(request, path, path.stat().st_size, etag, {}, self._link)

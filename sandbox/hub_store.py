@@ -11,6 +11,7 @@ hashed once costs a few stat calls. Files are hard links: replace a published fi
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
@@ -31,12 +32,15 @@ Gate: TypeAlias = Literal[False, "auto", "manual"]
 _GIT_LIMIT_BYTES = 10 * 2**20
 """The hub refuses larger files in git: they must be LFS."""
 
-_LFS_SUFFIXES = (
-    *(".7z", ".arrow", ".bin", ".bz2", ".ckpt", ".ftz", ".gguf", ".gz", ".h5", ".joblib", ".model", ".msgpack"),
-    *(".npy", ".npz", ".onnx", ".ot", ".parquet", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".rar", ".safetensors"),
-    *(".tflite", ".tgz", ".wasm", ".xz", ".zip", ".zst"),
+_LFS_PATTERNS = tuple(
+    f"*.{suffix}"
+    for suffix in (
+        *("7z", "arrow", "bin", "bz2", "ckpt", "ftz", "gguf", "gz", "h5", "joblib", "model", "msgpack", "npy", "npz"),
+        *("onnx", "ot", "parquet", "pb", "pickle", "pkl", "pt", "pth", "rar", "safetensors", "tflite", "tgz", "wasm"),
+        *("xz", "zip", "zst"),
+    )
 )
-"""The patterns of the .gitattributes that the hub puts into a new model repository."""
+"""What the .gitattributes that the hub puts into a new model repository names; a published one takes its place."""
 
 _BINARY_SAMPLE_BYTES = 512
 """The hub looks at so many bytes of an upload to tell text from binary content."""
@@ -157,7 +161,8 @@ class HubStore:
             for part in ("commits", "blobs"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
             sources = _walk(files) if isinstance(files, Path) else files
-            committed = tuple(self._add(folder, path, source) for path, source in sorted(sources.items()))
+            patterns = _lfs_patterns(sources.get(".gitattributes"))
+            committed = tuple(self._add(folder, path, source, patterns) for path, source in sorted(sources.items()))
             commit = HubCommit(sha=_commit_sha(committed), title=title, date=datetime.now(UTC), files=committed)
             commit_path = folder / "commits" / f"{commit.sha}.json"
             if not commit_path.exists():
@@ -203,9 +208,9 @@ class HubStore:
             raise ValueError(f"{repo_id!r} is not an organisation and a name")
         return self.root / organisation / name
 
-    def _add(self, folder: Path, path: str, source: Path | bytes) -> HubFile:
+    def _add(self, folder: Path, path: str, source: Path | bytes, lfs_patterns: Iterable[str]) -> HubFile:
         size = source.stat().st_size if isinstance(source, Path) else len(source)
-        if _is_lfs(path, size, source):
+        if any(fnmatch.fnmatch(PurePosixPath(path).name, p) for p in lfs_patterns) or _must_be_lfs(size, source):
             sha256 = self._hash(source, "sha256")
             file = HubFile(path=path, size_bytes=size, git_oid=_git_sha1(lfs_pointer(sha256, size)), sha256=sha256)
         else:
@@ -267,8 +272,15 @@ def _git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _is_lfs(path: str, size: int, source: Path | bytes) -> bool:
-    if size > _GIT_LIMIT_BYTES or Path(path).suffix.lower() in _LFS_SUFFIXES:
+def _lfs_patterns(gitattributes: Path | bytes | None) -> tuple[str, ...]:
+    if gitattributes is None:
+        return _LFS_PATTERNS
+    content = gitattributes.read_bytes() if isinstance(gitattributes, Path) else gitattributes
+    return tuple(line.split()[0] for line in content.decode().splitlines() if "filter=lfs" in line)
+
+
+def _must_be_lfs(size: int, source: Path | bytes) -> bool:
+    if size > _GIT_LIMIT_BYTES:
         return True
     if isinstance(source, bytes):
         return b"\0" in source[:_BINARY_SAMPLE_BYTES]

@@ -81,24 +81,16 @@ def _seconds(text: str) -> float:
 class TokenBucket:
     """Reservations in order of arrival: late wake-ups are made up for, so the long-run rate is exact."""
 
-    def __init__(
-        self, bytes_per_s: float, *, burst_bytes: float = 0.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, bytes_per_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._bytes_per_s = bytes_per_s
-        self._burst_s = burst_bytes / bytes_per_s
         self._clock = clock
         self._booked_until = float("-inf")
 
     def reserve(self, count: int) -> float:
         """Book `count` bytes; the seconds to wait until the last of them may be on its way."""
         now = self._clock()
-        self._booked_until = max(self._booked_until, now - self._burst_s) + count / self._bytes_per_s
+        self._booked_until = max(self._booked_until, now) + count / self._bytes_per_s
         return max(0.0, self._booked_until - now)
-
-    async def acquire(self, count: int) -> None:
-        delay_s = self.reserve(count)
-        if delay_s > 0:
-            await asyncio.sleep(delay_s)
 
 
 class Link:

@@ -119,6 +119,14 @@ def test_directories_have_the_hash_that_git_gives_them(tmp_path: Path) -> None:
     assert tree_oid(commit.files, "") == "68af1a46174d438f878e46896f2161e14ec4a2b7"
 
 
+def test_gitattributes_decide_what_is_lfs(hub: HubServer) -> None:
+    attributes = b"# comment\ntokenizer.json filter=lfs diff=lfs merge=lfs -text\n"
+    files: dict[str, Path | bytes] = {".gitattributes": attributes, "tokenizer.json": b"{}", "a.safetensors": b"text"}
+    hub.store.publish("acme/attributes", files)
+    infos = api(hub).model_info("acme/attributes", files_metadata=True).siblings or []
+    assert {info.rfilename for info in infos if info.lfs} == {"tokenizer.json"}
+
+
 def test_a_tree_of_one_directory_and_expanded_entries(hub: HubServer) -> None:
     entries = list(api(hub).list_repo_tree(REPO, "original", expand=True))
     assert [entry.path for entry in entries] == ["original/deep", "original/params.json"]
