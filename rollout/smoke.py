@@ -179,7 +179,7 @@ CHECKS: tuple[SmokeCheck, ...] = (
     SmokeCheck("image", "an image is looked at", "vision"),
     SmokeCheck("image-limit", "one image too many is refused", "vision"),
     SmokeCheck("structured-output", "an answer follows a JSON schema", "chat"),
-    SmokeCheck("long-context", "a prompt that nearly fills the context window is answered", "max_model_len"),
+    SmokeCheck("long-context", "a prompt that nearly fills the context window is answered"),
     SmokeCheck("bad-request", "a wrong request is refused with a message"),
     SmokeCheck("concurrency", "several answers stream at once", "chat"),
     SmokeCheck("canary", "answers are those of the last good rollout", "chat"),

@@ -349,8 +349,9 @@ class _Suite:
         return structured_problems(answer, model=self._model)
 
     def _check_long_context(self) -> list[str]:
-        window = self._capabilities.max_model_len
-        assert window is not None  # what the check needs
+        window = self._capabilities.max_model_len or self.api.models().get(self._model)
+        if window is None:
+            raise _NotApplicable("neither the model's config nor the server states a context window")
         chat = self._capabilities.chat
         vocabulary = calibrate(lambda text: self.api.count_tokens(self._model, text, chat=chat))
         tokens = int(window * LONG_CONTEXT_SHARE)
