@@ -128,7 +128,8 @@ CONTRACT: dict[str, tuple[str, str, Any, int, Any]] = {
         400,
         {
             "error": {
-                "message": "Invalid JSON payload received. Unknown name \"labels\" at 'service_account': Cannot find field."
+                "message": "Invalid JSON payload received. Unknown name \"labels\" at 'service_account': "
+                "Cannot find field."
             }
         },
     ),
