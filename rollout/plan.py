@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from rollout.cost import Price, price_for
+from rollout.errors import BadInput
 from rollout.model import PinnedModel
 from rollout.policy import RolloutPolicy
 from rollout.preflight import Check
@@ -31,6 +33,8 @@ class Observation(Value):
     object_changes: tuple[Change, ...] = ()
     """Per Kubernetes object: created, updated or unchanged, from a server-side dry run; empty without a cluster."""
     object_diff: str = ""
+    checkpoint_config: dict[str, Any] = {}
+    """The model's config.json."""
     checks: tuple[Check, ...] = ()
 
 
@@ -55,6 +59,8 @@ class RolloutPlan(Value):
     """Cost of the replicas' GPUs while they run; None when no price is known."""
     deadlines_s: dict[str, float]
     checks: tuple[Check, ...]
+    checkpoint_config: dict[str, Any] = {}
+    """The model's config.json: what it can do follows from it."""
 
     @property
     def changes_anything(self) -> bool:
@@ -78,6 +84,14 @@ def rollout_id(model: PinnedModel, serving: ServingSpec, target: Target) -> str:
     )
 
 
+def known_price(target: Target, accelerator: str) -> Price | None:
+    """The target's own price of one GPU, else the on-demand list price of its region; None where neither is known."""
+    try:
+        return price_for(accelerator, target.region, own_usd_per_gpu_hour=target.gpu_usd_per_hour)
+    except BadInput:
+        return None
+
+
 def make_plan(
     model: PinnedModel,
     serving: ServingSpec,
@@ -85,12 +99,11 @@ def make_plan(
     policy: RolloutPolicy,
     observed: Observation,
     objects: Sequence[dict[str, Any]],
-    *,
-    usd_per_gpu_hour: float | None,
 ) -> RolloutPlan:
     """Turn an observation and a spec into the plan. Pure: equal arguments give equal plans."""
     transfer_bytes = 0 if observed.weights_proven else model.total_bytes
     gpus = serving.replicas * serving.accelerator.count
+    price = known_price(target, serving.accelerator.type)
     return RolloutPlan(
         rollout_id=rollout_id(model, serving, target),
         model=model,
@@ -103,7 +116,8 @@ def make_plan(
         changes=_planned_changes(model, target, observed, objects),
         object_diff=observed.object_diff,
         transfer_bytes=transfer_bytes,
-        usd_per_hour=None if usd_per_gpu_hour is None else usd_per_gpu_hour * gpus,
+        usd_per_hour=None if price is None else price.usd_per_gpu_hour * gpus,
+        checkpoint_config=observed.checkpoint_config,
         deadlines_s=_deadlines(transfer_bytes, serving),
         checks=observed.checks,
     )

@@ -8,14 +8,17 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from rollout import objectives
 from rollout.benchmark import BenchmarkReport
 from rollout.errors import ExitCode
-from rollout.objectives import ObjectivesVerdict
 from rollout.plan import RolloutPlan
-from rollout.report import SCHEMA_VERSION, Action, Change, StepReport, StepStatus
+from rollout.report import SCHEMA_VERSION, Action, Change, StepReport
 from rollout.smoke import SmokeReport
 from rollout.transfer import TransferReport
 from rollout.values import Value
+
+RECORDS_PREFIX = ".llm-rollout/records/"
+"""Where a bucket keeps the records of its rollouts: JSON only, so that no model server takes them for weights."""
 
 
 class Verdict(StrEnum):
@@ -67,7 +70,7 @@ class RolloutReport(Value):
     """The start-up waterfall: seconds per phase, bytes per second of loading."""
     smoke: SmokeReport | None = None
     benchmark: BenchmarkReport | None = None
-    objectives: ObjectivesVerdict | None = None
+    objectives: objectives.Verdict | None = None
     teardown: TeardownReport | None = None
 
     @property
@@ -90,55 +93,3 @@ class RolloutReport(Value):
         """No weight byte was sent and no object changed."""
         acted = {Action.CREATED, Action.UPDATED, Action.DELETED}
         return not any(change.action in acted for step in self.steps for change in step.changes)
-
-
-_MARKS = {
-    StepStatus.DONE: "✓",
-    StepStatus.UNCHANGED: "=",
-    StepStatus.SKIPPED: "–",
-    StepStatus.FAILED: "✗",
-}
-
-
-def step_table(report: RolloutReport) -> list[tuple[str, str, str, str]]:
-    """Rows of (mark, step, seconds, summary) for terminals and tables."""
-    return [(_MARKS[step.status], step.name, f"{step.duration_s:.1f}", step.summary) for step in report.steps]
-
-
-def to_markdown(report: RolloutReport) -> str:
-    """The report for people, with the verdict first."""
-    title = report.plan.title if report.plan else "rollout"
-    lines = [f"# {title}", "", f"**{report.verdict.value.capitalize()}** after {report.duration_s:.0f} s."]
-    if report.error:
-        lines += ["", f"> {report.error}"]
-    if report.plan:
-        lines += [
-            "",
-            f"Rollout `{report.plan.rollout_id}` · commit `{report.plan.model.commit_sha}`"
-            f" · image `{report.plan.serving.image}`",
-        ]
-    lines += ["", "| | step | seconds | attempts | what happened |", "|---|---|---:|---:|---|"]
-    lines += [
-        f"| {_MARKS[step.status]} | {step.name} | {step.duration_s:.1f} | {step.attempts} | {_cell(step.summary)} |"
-        for step in report.steps
-    ]
-    if report.objectives:
-        lines += ["", "## Objectives", "", report.objectives.to_markdown()]
-    if report.teardown:
-        lines += ["", "## Teardown", "", _teardown_markdown(report.teardown)]
-    return "\n".join(lines) + "\n"
-
-
-def _teardown_markdown(teardown: TeardownReport) -> str:
-    rows = [
-        *(("removed", change) for change in teardown.removed),
-        *(("kept", change) for change in teardown.kept),
-        *(("**left**", change) for change in teardown.left),
-    ]
-    table = [f"| {state} | {c.kind} | {_cell(c.name)} | {_cell(c.detail)} |" for state, c in rows]
-    verdict = "Nothing of ours is left." if not teardown.left else f"{len(teardown.left)} things of ours are left."
-    return "\n".join([verdict, "", "| | kind | name | why |", "|---|---|---|---|", *table])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

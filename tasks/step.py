@@ -6,13 +6,20 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+from uuid import UUID
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.futures import PrefectFuture
 from prefect.runtime import task_run
 from prefect.states import State
@@ -44,6 +51,20 @@ class Artifact:
             create_table_artifact(table=self.table, key=self.key, description=self.description)
         if self.markdown is not None:
             create_markdown_artifact(markdown=self.markdown, key=self.key, description=self.description)
+
+
+class ProgressBar:
+    """A progress artifact of long work. Updates closer than `every_s` are dropped: each costs a request."""
+
+    def __init__(self, key: str, description: str, *, every_s: float = 1.0) -> None:
+        self._id = cast(UUID, create_progress_artifact(0.0, key=key, description=description))
+        self._every_s = every_s
+        self._updated = time.monotonic()
+
+    def update(self, percent: float) -> None:
+        if time.monotonic() - self._updated >= self._every_s or percent >= 100:
+            self._updated = time.monotonic()
+            update_progress_artifact(self._id, min(100.0, percent))
 
 
 @dataclass(frozen=True)

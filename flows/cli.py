@@ -1,0 +1,192 @@
+"""`llm-rollout`: one command per flow. Heavy imports wait until a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from rollout.errors import BadInput, ExitCode, RolloutError
+
+app = typer.Typer(
+    name="llm-rollout",
+    help="Roll out language models with vLLM on GKE, and keep the evidence.",
+    epilog=(
+        "Exit codes: 0 done and within objectives; 1 failed; 2 bad input; 3 rolled back; 4 objectives missed;"
+        " 5 not approved; 6 teardown left something behind."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Engine(StrEnum):
+    """What serves in the rehearsal."""
+
+    SIMULATED = "simulated"
+    VLLM = "vllm"
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Preset in deployments/models/, or a YAML file.")]
+TargetOption = Annotated[
+    str, typer.Option("--target", "-t", help="Environment in deployments/targets/, or a YAML file.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit; default: the preset's.")]
+ReportOption = Annotated[Path, typer.Option("--report", help="The machine-readable record; updated after every step.")]
+PolicyOption = Annotated[
+    Path | None, typer.Option("--policy", help="YAML file with the rollout's policy (objectives, teardown, …).")
+]
+DEFAULT_REPORT = Path("out/report.json")
+
+
+@app.command()
+def presets() -> None:
+    """List the models and targets that are known by name."""
+    from rollout import catalog
+
+    for folder in ("models", "targets"):
+        typer.echo(f"{folder}:")
+        for name in catalog.known(folder):
+            typer.echo(f"  {name}")
+
+
+@app.command()
+def plan(
+    model: ModelArgument, target: TargetOption, revision: RevisionOption = None, policy: PolicyOption = None
+) -> None:
+    """Show what a rollout would do: preflight, changes, cost. Changes nothing."""
+    request = _request(model, target, revision, policy)
+    from flows.plan_model import plan_model
+    from rollout.show import plan_markdown
+
+    typer.echo(plan_markdown(plan_model(request)))
+
+
+@app.command()
+def rollout(
+    model: ModelArgument,
+    target: TargetOption,
+    revision: RevisionOption = None,
+    policy: PolicyOption = None,
+    report: ReportOption = DEFAULT_REPORT,
+) -> None:
+    """Roll a model out: weights, identity, manifests, smoke test, benchmark, objectives."""
+    request = _request(model, target, revision, policy)
+    from flows.rollout_model import rollout_model
+
+    _finish(rollout_model(request, report_file=str(report)), report)
+
+
+@app.command()
+def publish_weights(
+    model: ModelArgument, target: TargetOption, revision: RevisionOption = None, policy: PolicyOption = None
+) -> None:
+    """Transfer a model's weights from Hugging Face to the target's bucket, proven by hash."""
+    request = _request(model, target, revision, policy)
+    from flows.publish_weights import publish_model_weights
+
+    transfer = publish_model_weights(request)
+    typer.echo(f"{transfer.status.value}: {transfer.uri} ({transfer.bytes_sent:,} bytes sent)")
+
+
+@app.command()
+def check_layout(
+    uri: Annotated[str, typer.Argument(metavar="GS_URI", help="Model path, e.g. gs://bucket/org/name/commit.")],
+    target: TargetOption,
+) -> None:
+    """Check that a model server could load from a path in a bucket: config.json, every shard, tokenizer."""
+    from rollout.clients.layout import check_layout as check
+    from rollout.layout import require_valid
+
+    from rollout.catalog import load_target
+
+    report = check(load_target(target), uri)
+    for finding in report.findings:
+        typer.echo(f"{finding.severity.value}: {finding.message}")
+    require_valid(report)
+    typer.echo(f"{uri} can be loaded")
+
+
+@app.command()
+def teardown(
+    target: TargetOption,
+    model: Annotated[str | None, typer.Option(help="Preset whose model server goes.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Record of the rollout; it is continued.")] = None,
+    delete_weights: Annotated[
+        bool, typer.Option("--delete-weights", help="Weights and our bucket go as well.")
+    ] = False,
+) -> None:
+    """Remove a model server and what its rollouts made, and prove that nothing of it is left."""
+    from flows.teardown_model import teardown_model
+    from rollout.policy import Weights
+
+    weights = Weights.DELETE if delete_weights else Weights.KEEP
+    done = teardown_model(target, model=model, report_file=str(report) if report else None, weights=weights)
+    assert done.teardown is not None
+    for state, changes in (("removed", done.teardown.removed), ("kept", done.teardown.kept)):
+        for change in changes:
+            typer.echo(f"{state:8} {change.kind:16} {change.name}  {change.detail}".rstrip())
+    typer.echo("nothing of ours is left")
+
+
+@app.command()
+def rehearse(
+    engine: Annotated[Engine, typer.Option(help="What serves: a simulated vLLM, or real vLLM on the CPU.")] = (
+        Engine.SIMULATED
+    ),
+    ui: Annotated[bool, typer.Option("--ui", help="Leave the Prefect UI running until Ctrl-C.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of everything that the rehearsal makes.")] = Path("out/rehearsal"),
+) -> None:
+    """Perform the whole rollout on this machine against an embedded cloud, twice, and tear it down."""
+    from flows.rehearsal import rehearse as perform
+
+    raise typer.Exit(int(perform(out, engine.value, ui=ui)))
+
+
+def _request(model: str, target: str, revision: str | None, policy_file: Path | None):  # type: ignore[no-untyped-def]
+    import yaml
+
+    from rollout.catalog import validated
+    from rollout.policy import RolloutPolicy
+    from rollout.request import RolloutRequest
+
+    policy = RolloutPolicy()
+    if policy_file is not None:
+        try:
+            data = yaml.safe_load(policy_file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise BadInput(f"cannot read the policy: {error}", where=str(policy_file)) from error
+        policy = validated(RolloutPolicy, data or {}, where=str(policy_file))
+    return RolloutRequest(model=model, target=target, revision=revision, policy=policy)
+
+
+def _finish(report, path: Path) -> None:  # type: ignore[no-untyped-def]
+    from rollout.show import step_table
+
+    for row in step_table(report):
+        typer.echo("{} {:<24} {:>7} s  {}".format(*row))
+    typer.echo(f"{report.verdict.value}; the record is in {path}")
+    raise typer.Exit(int(report.exit_code))
+
+
+def main() -> None:
+    """The console script. Every error ends in one message and an exit code that CI can act on."""
+    # An ephemeral server (no PREFECT_API_URL) takes half a minute on a fresh home; Prefect's own limit is 20 s.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    try:
+        app()
+    except RolloutError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(int(error.exit_code))
+    except ValidationError as error:
+        from rollout.catalog import explain
+
+        typer.echo(f"error: {explain(error)}", err=True)
+        sys.exit(int(ExitCode.BAD_INPUT))

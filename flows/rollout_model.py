@@ -1,0 +1,99 @@
+"""The whole story: serve a model on a target, prove that it answers within its objectives, and keep the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect import flow
+
+from flows.plan_model import make_planfrom tasks.weights import check_weights_layout, publish_weights
+
+from rollout.plan import RolloutPlan
+from rollout.policy import Teardown
+from rollout.record import RolloutReport
+from rollout.request import RolloutRequest, resolve
+from tasks.approval import require_approval
+from tasks.provision import provision_bucket, provision_cluster, set_up_workload_identity
+from tasks.record import Record, recorded
+from tasks.serve import apply_manifests, wait_until_available
+from tasks.teardown import require_nothing_left, tear_down_rollout
+from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
+
+
+@flow(name="rollout-model", flow_run_name="{request.model} → {request.target}")
+def rollout_model(request: RolloutRequest, report_file: str | None = None) -> RolloutReport:
+    """Serve a model with vLLM on a target, prove that it answers within its objectives, and keep the evidence.
+
+    Args:
+        request: Model, target and policy.
+        report_file: Where the machine-readable record goes on this machine; it is kept in the bucket in any case.
+    """
+    spec = resolve(request)
+    with recorded(spec.target, report_file) as record:
+        story = record.story
+        plan = make_plan(spec, story)
+        record.keep(plan=plan)
+        require_approval(plan, story)
+        with torn_down_by_policy(plan, record):
+            apply(plan, record)
+            verify(plan, record)
+        record.milestone()
+    return record.report
+
+
+def apply(plan: RolloutPlan, record: Record) -> None:
+    """Change the target: the cluster is made while the weights travel."""
+    story = record.story
+    story.run(provision_bucket, plan)
+    record.milestone()  # the ledger, before anything else is changed
+    cluster = story.start(provision_cluster, plan)
+    try:
+        record.keep(weights=story.run(publish_weights, plan))
+        story.run(check_weights_layout, plan)
+    finally:
+        cluster.result()
+    story.run(set_up_workload_identity, plan)
+    story.run(apply_manifests, plan)
+    record.milestone()
+
+
+def verify(plan: RolloutPlan, record: Record) -> None:
+    """Measure: it starts, it answers, it holds its objectives."""
+    story = record.story
+    start = story.run(wait_until_available, plan)
+    record.keep(startup=start.model_dump(mode="json"))
+    smoke = story.run(smoke_test, plan)
+    record.keep(smoke=smoke)
+    require_passed(smoke)
+    if plan.policy.benchmark is None:
+        story.skip("benchmark", "not asked for by the policy")
+        return
+    benchmark = story.run(benchmark_model, plan, start.pods, plan.policy.benchmark)
+    record.keep(benchmark=benchmark)
+    verdict = story.run(judge_objectives, plan, smoke, benchmark)
+    record.keep(objectives=verdict)
+    require_met(verdict)
+
+
+@contextmanager
+def torn_down_by_policy(plan: RolloutPlan, record: Record) -> Iterator[None]:
+    """Tear down after success or failure, as the policy says; a failure stays the one that is reported."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        policy = plan.policy.teardown
+        if policy is Teardown.ALWAYS or (failed and policy is Teardown.ON_FAILURE):
+            record.milestone()
+            left = record.story.run(
+                tear_down_rollout,
+                plan.target,
+                plan.serving.name,
+                plan.policy.weights,
+                record.report.created,
+                plan.deadlines_s["teardown"],
+            )
+            record.keep(teardown=left)
+            require_nothing_left(left)

@@ -1,0 +1,245 @@
+"""What exists now: every read that the plan rests on, and the preflight checks that follow. Only reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rollout import preflight
+from rollout.accelerators import AcceleratorKind, accelerator
+from rollout.clients.cluster import ClusterClient
+from rollout.clients.compute import Compute
+from rollout.clients.gke import ClusterInfo, Gke
+from rollout.clients.hub import HubClient
+from rollout.clients.iam import (
+    OBJECT_VIEWER,
+    WORKLOAD_IDENTITY_USER,
+    BucketPolicy,
+    ServiceAccountPolicy,
+    ServiceAccounts,
+    has_binding,
+)
+from rollout.clients.projects import Projects
+from rollout.clients.storage import StorageClient
+from rollout.clients.transfer import weights_are_proven
+from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
+from rollout.fit import check_ephemeral_storage, check_memory
+from rollout.model import PinnedModel
+from rollout.objects import WeightsSource
+from rollout.plan import Observation
+from rollout.preflight import Check
+from rollout.rendering import KubernetesObject
+from rollout.serving import ServingSpec
+from rollout.target import ClusterMode, IdentityMode, Target
+
+_CONFIG_LIMIT_BYTES = 4 * 2**20
+"""A config.json has a few kilobytes."""
+
+
+class _Observer:
+    """Collects what is there; a refusal of one API becomes a failed check instead of hiding the others."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.checks: list[Check] = []
+        self.found: dict[str, Any] = {}
+
+    @contextmanager
+    def asking(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except TransientError:
+            raise
+        except RolloutError as error:
+            self.checks.append(preflight.failed(name, error.summary, error.resolution))
+
+    def optional(self, ask: Callable[[], Any]) -> Any:
+        """The answer, or None where the caller may not ask: the check then says unknown."""
+        try:
+            return ask()
+        except (PermissionMissing, ApiDisabled):
+            return None
+
+
+def observe(
+    model: PinnedModel,
+    serving: ServingSpec,
+    target: Target,
+    objects: Sequence[KubernetesObject],
+    *,
+    hub_token: str | None,
+) -> Observation:
+    """Ask everything once. Raises only for transient failures and an unreachable hub; the rest are failed checks."""
+    observer = _Observer(target)
+    observer.checks.append(
+        preflight.ok("Hugging Face access", f"{model.repo_id}@{model.short_sha}: {len(model.files)} files may be read")
+    )
+    _observe_bucket(observer, model)
+    cluster = None
+    if target.cluster.mode is not ClusterMode.KUBECONFIG:
+        _observe_project(observer)
+        cluster = _observe_cluster(observer)
+        _observe_identity(observer)
+        _observe_accelerator(observer, serving)
+        _check_permissions(observer)
+    _observe_objects(observer, objects, reachable=cluster is not None or target.cluster.mode is ClusterMode.KUBECONFIG)
+    _check_fit(observer, model, serving, hub_token)
+    return Observation(**observer.found, checks=tuple(observer.checks))
+
+
+def _observe_bucket(observer: _Observer, model: PinnedModel) -> None:
+    name = "bucket"
+    with observer.asking(name):
+        storage = StorageClient(observer.target)
+        exists = storage.bucket_exists()
+        observer.found["bucket_exists"] = exists
+        if not exists:
+            observer.checks.append(preflight.ok(name, f"gs://{observer.target.bucket} will be made"))
+            return
+        proven = weights_are_proven(model, observer.target)
+        observer.found["weights_proven"] = proven
+        state = "holds the proven weights" if proven else "exists; the weights will be transferred"
+        observer.checks.append(preflight.ok(name, f"gs://{observer.target.bucket} {state}"))
+
+
+def _observe_project(observer: _Observer) -> None:
+    target = observer.target
+    projects = Projects(target)
+    with observer.asking("project"):
+        observer.found["project_number"] = projects.get().number
+    enabled = observer.optional(projects.enabled_services)
+    if enabled is None:
+        observer.checks.append(
+            preflight.unknown("APIs", "the caller may not list services", "Grant serviceusage.services.list.")
+        )
+    else:
+        observer.checks.append(preflight.check_services(preflight.required_services(target), enabled, target))
+    observer.checks.append(preflight.check_billing(observer.optional(projects.billing_enabled), target))
+
+
+def _observe_cluster(observer: _Observer) -> ClusterInfo | None:
+    target, name = observer.target, "cluster"
+    with observer.asking(name):
+        cluster = Gke(target).get()
+        observer.found["cluster_exists"] = cluster is not None
+        if cluster is not None:
+            observer.found["cluster_version"] = cluster.version
+            observer.checks.append(_check_existing_cluster(cluster, target))
+        elif target.cluster.create_if_absent:
+            why = f"{target.cluster.name} will be made ({target.cluster.mode}, {target.cluster.release_channel})"
+            observer.checks.append(preflight.ok(name, why))
+        else:
+            observer.checks.append(
+                preflight.failed(
+                    name,
+                    f"{target.cluster.name} does not exist in {target.region}",
+                    "Set cluster.create_if_absent, or correct cluster.name.",
+                )
+            )
+        return cluster
+    return None
+
+
+def _check_existing_cluster(cluster: ClusterInfo, target: Target) -> Check:
+    wants_autopilot = target.cluster.mode is ClusterMode.AUTOPILOT
+    if cluster.is_autopilot != wants_autopilot:
+        found = "Autopilot" if cluster.is_autopilot else "Standard"
+        return preflight.failed(
+            "cluster",
+            f"{cluster.name} is a {found} cluster, the target says {target.cluster.mode}",
+            f"Set cluster.mode to {found.lower()}, or name another cluster.",
+        )
+    if not cluster.workload_pool:
+        return preflight.failed(
+            "cluster",
+            f"{cluster.name} has no Workload Identity",
+            f"gcloud container clusters update {cluster.name} --location={target.region}"
+            f" --workload-pool={target.universe.workload_pool(target.project)}",
+        )
+    return preflight.ok("cluster", f"{cluster.name} exists, version {cluster.version}, {cluster.status}")
+
+
+def _observe_identity(observer: _Observer) -> None:
+    target = observer.target
+    with observer.asking("workload identity"):
+        if target.identity is IdentityMode.SERVICE_ACCOUNT:
+            exists = ServiceAccounts(target).get(target.gsa_email) is not None
+            observer.found["service_account_exists"] = exists
+            if exists:
+                policy = ServiceAccountPolicy(target, target.gsa_email)
+                observer.found["workload_identity_bound"] = has_binding(
+                    policy, WORKLOAD_IDENTITY_USER, target.workload_identity_member
+                )
+        if observer.found.get("bucket_exists"):
+            reader = target.reader_member(observer.found.get("project_number", ""))
+            bound = has_binding(BucketPolicy(target, target.bucket), OBJECT_VIEWER, reader)
+            observer.found["reader_bound"] = bound
+
+
+def _observe_accelerator(observer: _Observer, serving: ServingSpec) -> None:
+    target, wanted = observer.target, serving.accelerator
+    kind = accelerator(wanted.type)
+    compute = Compute(target)
+    offered = observer.optional(compute.accelerators)
+    observer.checks.append(preflight.check_region_accelerator(wanted.type, offered, target.region))
+    if kind.kind is AcceleratorKind.TPU:
+        return
+    quotas = observer.optional(compute.quotas) or {}
+    quota = quotas.get(kind.quota_metric)
+    observer.checks.append(
+        preflight.check_gpu_quota(
+            wanted.count * serving.replicas,
+            quota and quota.limit,
+            quota and quota.usage,
+            metric=kind.quota_metric,
+            region=target.region,
+        )
+    )
+
+
+def _check_permissions(observer: _Observer) -> None:
+    required = preflight.required_permissions(
+        observer.target,
+        creates_bucket=not observer.found.get("bucket_exists", False),
+        creates_cluster=not observer.found.get("cluster_exists", False),
+    )
+    with observer.asking("permissions"):
+        granted = Projects(observer.target).granted_permissions(required)
+        observer.checks.append(preflight.check_permissions(required, granted, observer.target))
+
+
+def _observe_objects(observer: _Observer, objects: Sequence[KubernetesObject], *, reachable: bool) -> None:
+    if not reachable:
+        return
+    with observer.asking("manifests"):
+        preview = ClusterClient.connect(observer.target).preview(objects)
+        observer.found["object_changes"] = preview.changes
+        observer.found["object_diff"] = preview.markdown
+        observer.checks.append(preflight.ok("manifests", f"{len(objects)} objects pass a server-side dry run"))
+
+
+def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hub_token: str | None) -> None:
+    weights_bytes = sum(file.size_bytes for file in model.files if file.path.endswith(".safetensors"))
+    config = read_config(model, observer.target, hub_token)
+    observer.found["checkpoint_config"] = config
+    observer.checks.append(check_memory(weights_bytes, config, serving, accelerator(serving.accelerator.type)))
+    observer.checks.append(
+        check_ephemeral_storage(weights_bytes, serving, cached_on_disk=caches_on_disk(serving, WeightsSource.BUCKET))
+    )
+
+
+def caches_on_disk(serving: ServingSpec, source: WeightsSource) -> bool:
+    """Whether the image copies the weights to the node's disk: the hub's cache does, the model streamer does not."""
+    return source is WeightsSource.HUB and not serving.env.get("HF_HOME", "").startswith("/dev/shm")
+
+
+def read_config(model: PinnedModel, target: Target, hub_token: str | None) -> Mapping[str, Any]:
+    """The model's config.json, from the hub at the pinned commit."""
+    file = next(file for file in model.files if file.path == "config.json")
+    content = bytearray(min(file.size_bytes, _CONFIG_LIMIT_BYTES))
+    for _ in HubClient(target.hub_endpoint, hub_token).open(model, file).read(0, memoryview(content)):
+        pass
+    config: dict[str, Any] = json.loads(content)
+    return config

@@ -1,0 +1,77 @@
+"""Where records live: a local file for the caller, and the bucket for everybody who comes after.
+
+The bucket's copy is written before anything but the bucket is changed, and again at every milestone: it is the ledger
+from which a teardown knows, after a crash and without the run's memory, what was created.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rollout.catalog import explain
+from rollout.clients.storage import StorageClient
+from rollout.errors import BadInput
+from rollout.record import RECORDS_PREFIX, RolloutReport
+from rollout.target import Target
+
+
+def write_local(report: RolloutReport, path: Path) -> None:
+    """Replace the file atomically: a reader sees the old record or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def read_local(path: Path) -> RolloutReport:
+    """The record in that file. Raises `BadInput` for a file that is no record."""
+    try:
+        return RolloutReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(
+            f"cannot read the record: {error.strerror}.", where=str(path), resolution="Give the path of a report.json."
+        ) from error
+    except ValidationError as error:
+        raise BadInput(f"not a record of a rollout: {explain(error)}", where=str(path)) from error
+
+
+class RecordStore:
+    """The records in a target's bucket."""
+
+    def __init__(self, target: Target) -> None:
+        self._storage = StorageClient(target)
+
+    def write(self, report: RolloutReport) -> None:
+        """Keep `report`; its name sorts by time and tells the instance and the run."""
+        self._storage.write_json(_name(report), report.model_dump(mode="json"))
+
+    def read_all(self) -> Iterator[RolloutReport]:
+        """All records, oldest first. A record that this version cannot read is an error, not a gap."""
+        if not self._storage.bucket_exists():
+            return
+        for stored in self._storage.list_objects(RECORDS_PREFIX):
+            found = self._storage.read_json(stored.name)
+            if found is None:
+                continue
+            try:
+                yield RolloutReport.model_validate(found[0])
+            except ValidationError as error:
+                raise BadInput(
+                    f"not a record that this version can read: {explain(error)}",
+                    where=f"gs://{self._storage.bucket_name}/{stored.name}",
+                    resolution="Use the version of llm-rollout that wrote it, or move it away.",
+                ) from error
+
+    def owned(self) -> frozenset[tuple[str, str]]:
+        """(kind, name) of everything that rollouts to this target created and no teardown has proven gone."""
+        records = [record for record in self.read_all() if record.teardown is None or record.teardown.left]
+        return frozenset().union(*(record.created for record in records))
+
+
+def _name(report: RolloutReport) -> str:
+    instance = report.plan.serving.name if report.plan else "no-plan"
+    return f"{RECORDS_PREFIX}{report.started_at:%Y%m%dT%H%M%S}-{instance}-{report.run_id}.json"

@@ -1,0 +1,224 @@
+"""Back to nothing: delete what a rollout made, in reverse order, and ask everywhere whether something is left.
+
+What was adopted stays. What several models share (cluster, identity, bucket) stays while another model uses it.
+A cluster, bucket or service account is ours if it carries our label; an IAM binding, which has none, if a record says
+that we made it or if it belongs to an account that is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from rollout.clients.cluster import ClusterClient
+from rollout.clients.compute import Compute
+from rollout.clients.gke import ClusterInfo, Gke
+from rollout.clients.iam import (
+    OBJECT_VIEWER,
+    WORKLOAD_IDENTITY_USER,
+    BucketPolicy,
+    PolicyStore,
+    ServiceAccountPolicy,
+    ServiceAccounts,
+    binding_name,
+    has_binding,
+    remove_binding,
+)
+from rollout.clients.projects import Projects
+from rollout.clients.storage import StorageClient
+from rollout.errors import ApiDisabled, NotFound, PermissionMissing
+from rollout.objects import INSTANCE_LABEL, removable
+from rollout.policy import Weights
+from rollout.record import RECORDS_PREFIX, TeardownReport
+from rollout.plan import object_name
+from rollout.report import Action, Change
+from rollout.target import ClusterMode, IdentityMode, Target
+
+_DISK_LABEL = "goog-k8s-cluster-name"
+"""GKE puts it on every disk that it makes for a cluster's volumes."""
+
+
+@dataclass
+class _Teardown:
+    target: Target
+    instance: str
+    weights: Weights
+    owned: Collection[tuple[str, str]]
+    deadline_s: float
+    removed: list[Change] = field(default_factory=list)
+    kept: list[Change] = field(default_factory=list)
+    left: list[Change] = field(default_factory=list)
+
+    def note(self, change: Change | None) -> None:
+        """Sort what a client did into removed and kept; what was not there is neither."""
+        if change is None:
+            return
+        if change.action is Action.DELETED:
+            self.removed.append(change)
+        elif change.action is Action.ADOPTED:
+            self.kept.append(change)
+
+    def keep(self, kind: str, name: str, why: str) -> None:
+        self.kept.append(Change(action=Action.UNCHANGED, kind=kind, name=name, detail=why))
+
+    def found(self, kind: str, name: str, why: str) -> None:
+        self.left.append(Change(action=Action.UNCHANGED, kind=kind, name=name, detail=why))
+
+
+def tear_down(
+    target: Target,
+    instance: str,
+    *,
+    weights: Weights,
+    owned: Collection[tuple[str, str]],
+    deadline_s: float = 1800.0,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> TeardownReport:
+    """Remove the model server `instance` from `target`, and prove it by an inventory.
+
+    `owned` are (kind, name) of what the records of this target's rollouts say was created. Idempotent: what is gone
+    already is not an error. The report's `left` names what should be gone and is not; it is the caller's to fail on.
+    """
+    work = _Teardown(target, instance, weights, owned, deadline_s)
+    gke = Gke(target) if target.cluster.mode is not ClusterMode.KUBECONFIG else None
+    cluster = gke.get() if gke else None
+    others: tuple[str, ...] = ()
+    if gke is None or cluster is not None:
+        on_progress("Kubernetes objects")
+        others = _remove_objects(work)
+    shared_by = f"still serves {', '.join(others)}" if others else ""
+    if gke is not None:
+        on_progress("identity")
+        _remove_identity(work, shared_by)
+        on_progress("cluster")
+        _remove_cluster(work, gke, cluster, shared_by)
+    on_progress("weights")
+    _remove_weights(work, shared_by)
+    on_progress("inventory")
+    _take_inventory(work, shared_by)
+    return TeardownReport(removed=tuple(work.removed), kept=tuple(work.kept), left=tuple(work.left))
+
+
+def _remove_objects(work: _Teardown) -> tuple[str, ...]:
+    """Delete the instance's objects and, if it was the last, the shared ones. Returns the other instances."""
+    client = ClusterClient.connect(work.target)
+    ours = client.inventory()
+    labels = [manifest["metadata"].get("labels") or {} for manifest in ours]
+    others = sorted({label[INSTANCE_LABEL] for label in labels if INSTANCE_LABEL in label} - {work.instance})
+    for change in client.delete(removable(ours, work.instance), deadline_s=work.deadline_s):
+        work.note(change)
+    return tuple(others)
+
+
+def _remove_identity(work: _Teardown, shared_by: str) -> None:
+    target = work.target
+    accounts = ServiceAccounts(target)
+    account = accounts.get(target.gsa_email) if target.identity is IdentityMode.SERVICE_ACCOUNT else None
+    for store, role, member in _bindings(work):
+        name = binding_name(store.name, role, member)
+        if shared_by:
+            work.keep("IamBinding", name, shared_by)
+        elif (account is not None and account.is_ours) or ("IamBinding", name) in work.owned:
+            work.note(remove_binding(store, role, member))
+        elif has_binding(store, role, member):
+            work.keep("IamBinding", name, "was there before")
+    if account is None:
+        return
+    if not account.is_ours:
+        work.keep("ServiceAccount", account.email, "made by somebody else")
+    elif shared_by:
+        work.keep("ServiceAccount", account.email, shared_by)
+    else:
+        work.note(accounts.delete(account.email))
+
+
+def _bindings(work: _Teardown) -> list[tuple[PolicyStore, str, str]]:
+    """The bindings that a rollout to this target makes, where their resource exists."""
+    target = work.target
+    bindings: list[tuple[PolicyStore, str, str]] = []
+    if target.identity is IdentityMode.SERVICE_ACCOUNT and ServiceAccounts(target).get(target.gsa_email) is not None:
+        policy = ServiceAccountPolicy(target, target.gsa_email)
+        bindings.append((policy, WORKLOAD_IDENTITY_USER, target.workload_identity_member))
+    if StorageClient(target).bucket_exists():
+        number = Projects(target).get().number if target.identity is IdentityMode.DIRECT else ""
+        bindings.append((BucketPolicy(target, target.bucket), OBJECT_VIEWER, target.reader_member(number)))
+    return bindings
+
+
+def _remove_cluster(work: _Teardown, gke: Gke, cluster: ClusterInfo | None, shared_by: str) -> None:
+    if cluster is None:
+        return
+    if not cluster.is_ours:
+        work.keep("Cluster", cluster.name, "made by somebody else")
+        pool = work.target.cluster.node_pool
+        if pool is not None and ("NodePool", f"{cluster.name}/{pool.name}") in work.owned and not shared_by:
+            work.note(gke.delete_node_pool(pool.name, timeout_s=work.deadline_s))
+    elif shared_by:
+        work.keep("Cluster", cluster.name, shared_by)
+    else:
+        work.note(gke.delete(timeout_s=work.deadline_s))
+
+
+def _remove_weights(work: _Teardown, shared_by: str) -> None:
+    storage = StorageClient(work.target)
+    bucket = f"gs://{work.target.bucket}"
+    if not storage.bucket_exists():
+        return
+    if work.weights is Weights.KEEP:
+        work.keep("Bucket", bucket, "weights are kept by policy")
+        return
+    for uri in sorted(name for kind, name in work.owned if kind == "Weights"):
+        prefix = uri.removeprefix(bucket).strip("/")
+        if shared_by and not prefix:
+            work.keep("Weights", uri, shared_by)
+            continue
+        for change in storage.delete_prefix(f"{prefix}/" if prefix else ""):
+            work.note(change)
+    foreign = [stored.name for stored in storage.list_objects() if not stored.name.startswith(RECORDS_PREFIX)]
+    if foreign or shared_by:
+        work.keep("Bucket", bucket, shared_by or f"still holds {len(foreign)} objects, e.g. {foreign[0]}")
+        return
+    storage.delete_prefix(RECORDS_PREFIX)
+    work.note(storage.delete_bucket())
+
+
+def _take_inventory(work: _Teardown, shared_by: str) -> None:
+    """Ask every service once more, as if nothing had been deleted."""
+    target = work.target
+    if target.cluster.mode is ClusterMode.KUBECONFIG:
+        _inventory_of_objects(work)
+        return
+    cluster = Gke(target).get()
+    if cluster is not None:
+        _inventory_of_objects(work)
+        if cluster.is_ours and not shared_by:
+            work.found("Cluster", cluster.name, cluster.status)
+    if not shared_by:
+        account = ServiceAccounts(target).get(target.gsa_email)
+        if account is not None and account.is_ours:
+            work.found("ServiceAccount", account.email, "still there")
+        for store, role, member in _bindings(work):
+            name = binding_name(store.name, role, member)
+            if ("IamBinding", name) in work.owned and has_binding(store, role, member):
+                work.found("IamBinding", name, "still granted")
+    if cluster is None:
+        _inventory_of_disks(work)
+
+
+def _inventory_of_objects(work: _Teardown) -> None:
+    try:
+        client = ClusterClient.connect(work.target)
+    except NotFound:
+        return
+    for manifest in client.inventory({INSTANCE_LABEL: work.instance}):
+        work.found(manifest["kind"], object_name(manifest), "still there")
+
+
+def _inventory_of_disks(work: _Teardown) -> None:
+    try:
+        disks = Compute(work.target).disks({_DISK_LABEL: work.target.cluster.name})
+    except (PermissionMissing, ApiDisabled) as error:
+        work.keep("Disk", "unknown", f"disks could not be listed: {error.summary}")
+        return
+    for disk in disks:
+        work.found("Disk", f"{disk.zone}/{disk.name}", f"{disk.size_gib} GiB of a volume of {work.target.cluster.name}")

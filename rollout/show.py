@@ -1,0 +1,162 @@
+"""Values for people: markdown pages of plans and reports. Pure text, no side effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rollout.benchmark import BenchmarkReport
+from rollout.objectives import Verdict
+from rollout.plan import RolloutPlan
+from rollout.preflight import CheckState
+from rollout.record import RolloutReport, TeardownReport
+from rollout.report import StepStatus
+from rollout.stage import Percentiles
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table; pipes and line breaks in cells are escaped."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def plan_markdown(plan: RolloutPlan) -> str:
+    """What would change, what it moves and costs, and which checks were made."""
+    price = "unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:,.2f} USD per hour"
+    facts = [
+        ("model", f"`{plan.model.repo_id}` at `{plan.model.commit_sha}`"),
+        ("weights", f"`{plan.weights_uri}`"),
+        ("transfer", f"{plan.transfer_bytes:,} bytes"),
+        ("served as", f"`{plan.serving.served_model_name}` by `{plan.serving.image}`"),
+        ("accelerators", f"{plan.serving.replicas} × {plan.serving.accelerator.count} {plan.serving.accelerator.type}"),
+        ("cost while running", price),
+        ("target", f"{plan.target.project} / {plan.target.region} / {plan.target.cluster.name}"),
+    ]
+    parts = [
+        f"# Plan: {plan.title}",
+        "Nothing has changed yet. " + _headline(plan),
+        table(("", ""), facts),
+        "## Changes",
+        table(("action", "kind", "name", ""), ((c.action.value, c.kind, c.name, c.detail) for c in plan.changes)),
+    ]
+    if plan.object_diff:
+        parts += ["## Difference to the live objects", plan.object_diff]
+    noteworthy = [check for check in plan.checks if check.state not in (CheckState.OK, CheckState.NOT_APPLICABLE)]
+    if noteworthy:
+        rows = ((check.state.value, check.name, check.why, check.resolution) for check in noteworthy)
+        parts += ["## Preflight", table(("state", "check", "why", "what to do"), rows)]
+    deadlines = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.deadlines_s.items())
+    parts.append(f"Deadlines: {deadlines}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def benchmark_markdown(report: BenchmarkReport) -> str:
+    """The curve's verdict, latency over throughput as a chart, and a row for every stage."""
+    stages = sorted(report.stages, key=lambda stage: stage.rate_per_s)
+    rows = [
+        (
+            f"{stage.rate_per_s:.3g}",
+            f"{stage.output_tokens_per_s:.0f}",
+            f"{stage.completed}/{stage.requests}",
+            *(_milliseconds(p) for p in (stage.ttft_s, stage.itl_s, stage.ntpot_s, stage.e2e_s)),
+        )
+        for stage in stages
+    ]
+    columns = ("requests/s", "output tokens/s", "completed", "TTFT ms", "ITL ms", "NTPOT ms", "end to end ms")
+    charted = [stage for stage in stages if stage.ttft_s is not None]
+    chart = [
+        "```mermaid",
+        "xychart-beta",
+        '    title "Median TTFT over throughput"',
+        f'    x-axis "output tokens/s" [{", ".join(f"{stage.output_tokens_per_s:.0f}" for stage in charted)}]',
+        '    y-axis "ms"',
+        f"    line [{', '.join(f'{stage.ttft_s.p50 * 1e3:.1f}' for stage in charted if stage.ttft_s)}]",
+        "```",
+    ]
+    parts = [
+        f"# Load sweep of {report.environment.model}",
+        curve_summary(report),
+        f"Workload: {report.spec.workload.name}. Latencies are p50 / p99.",
+        table(columns, rows),
+        *(["\n".join(chart)] if len(charted) > 1 else []),
+        *(f"- {note}" for note in report.notes),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def curve_summary(report: BenchmarkReport) -> str:
+    """One line: the knee, or what is known where it was not reached."""
+    knee = report.curve.knee
+    if knee is None:
+        return report.curve.not_reached
+    return (
+        f"knee at {knee.rate_per_s:.3g} requests/s ({knee.lower_rate_per_s:.3g}–{knee.upper_rate_per_s:.3g}),"
+        f" {knee.output_tokens_per_s:.0f} output tokens/s, confidence {knee.confidence.value}"
+    )
+
+
+def verdict_markdown(verdict: Verdict) -> str:
+    """The verdict's table: objective, limit, measured, margin."""
+    columns = ("objective", "limit", "measured", "margin", "outcome", "")
+    rows = ((r.objective, r.limit, r.measured, r.margin, r.outcome.value, r.reason) for r in verdict.rows)
+    return f"{verdict.summary()}\n\n{table(columns, rows)}\n"
+
+
+def _milliseconds(values: Percentiles | None) -> str:
+    return "–" if values is None else f"{values.p50 * 1e3:.1f} / {values.p99 * 1e3:.1f}"
+
+
+def _headline(plan: RolloutPlan) -> str:
+    if plan.changes_anything:
+        return "The table below is everything that this rollout would do."
+    return "**Everything is already as planned**: this rollout would change nothing."
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+_MARKS = {
+    StepStatus.DONE: "✓",
+    StepStatus.UNCHANGED: "=",
+    StepStatus.SKIPPED: "–",
+    StepStatus.FAILED: "✗",
+}
+
+
+def step_table(report: RolloutReport) -> list[tuple[str, str, str, str]]:
+    """Rows of (mark, step, seconds, summary) for terminals and tables."""
+    return [(_MARKS[step.status], step.name, f"{step.duration_s:.1f}", step.summary) for step in report.steps]
+
+
+def report_markdown(report: RolloutReport) -> str:
+    """The report for people, with the verdict first."""
+    title = report.plan.title if report.plan else "rollout"
+    lines = [f"# {title}", "", f"**{report.verdict.value.capitalize()}** after {report.duration_s:.0f} s."]
+    if report.error:
+        lines += ["", f"> {report.error}"]
+    if report.plan:
+        lines += [
+            "",
+            f"Rollout `{report.plan.rollout_id}` · commit `{report.plan.model.commit_sha}`"
+            f" · image `{report.plan.serving.image}`",
+        ]
+    columns = ("", "step", "seconds", "attempts", "what happened")
+    rows = ((_MARKS[s.status], s.name, f"{s.duration_s:.1f}", s.attempts, s.summary) for s in report.steps)
+    lines += ["", table(columns, rows)]
+    if report.objectives:
+        lines += ["", "## Objectives", "", verdict_markdown(report.objectives)]
+    if report.teardown:
+        lines += ["", "## Teardown", "", teardown_markdown(report.teardown)]
+    return "\n".join(lines) + "\n"
+
+
+def teardown_markdown(teardown: TeardownReport) -> str:
+    rows = [
+        *(("removed", change) for change in teardown.removed),
+        *(("kept", change) for change in teardown.kept),
+        *(("**left**", change) for change in teardown.left),
+    ]
+    table = [f"| {state} | {c.kind} | {_cell(c.name)} | {_cell(c.detail)} |" for state, c in rows]
+    verdict = "Nothing of ours is left." if not teardown.left else f"{len(teardown.left)} things of ours are left."
+    return "\n".join([verdict, "", "| | kind | name | why |", "|---|---|---|---|", *table])

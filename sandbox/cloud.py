@@ -1,0 +1,111 @@
+"""The whole embedded cloud: hub, storage, Google APIs and a Kubernetes cluster, wired to each other.
+
+Hub and storage move gigabytes, so each is a process of its own; Google's APIs and the cluster share this one, because
+the cluster's node agent asks IAM who a pod is. Bucket, service accounts and policies live under `root` and are found
+again by the next start; the cluster's objects end with the process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from rollout.target import Target
+from sandbox.cluster import KubernetesServer
+from sandbox.google_apis import GoogleApisServer
+from sandbox.processes import Child
+
+PROJECT = "rehearsal-project"
+REGION = "u-france-east1"
+UNIVERSE_DOMAIN = "s3nsapis.fr"
+CHECKOUT = Path(__file__).resolve().parents[1]
+READY_TIMEOUT_S = 120.0
+
+
+class EmbeddedCloud:
+    """Start and stop everything; `target()` is all that a rollout needs to know of it."""
+
+    def __init__(self, root: Path, **cluster_settings: Any) -> None:
+        self.root = root
+        self._cluster_settings = cluster_settings
+        self._children: list[Child] = []
+
+    @property
+    def hub_root(self) -> Path:
+        """Where the hub's repositories are: publish models here before or after the start."""
+        return self.root / "hub"
+
+    def start(self) -> Self:
+        hub = self._child("sandbox.hub", "--root", str(self.hub_root))
+        storage = self._child("sandbox.storage", "--root", str(self.root / "storage"), "--project", PROJECT)
+        self.hub_url: str = hub.ready_line(READY_TIMEOUT_S)["url"]
+        self.storage_url: str = storage.ready_line(READY_TIMEOUT_S)["url"]
+        self.google = GoogleApisServer(
+            root=self.root / "google", project=PROJECT, region=REGION, universe_domain=UNIVERSE_DOMAIN
+        ).start()
+        self.kubernetes = KubernetesServer(
+            root=self.root / "cluster",
+            tls=True,
+            storage_url=self.storage_url,
+            hub_url=self.hub_url,
+            identity_of=self.google.workload_identity,
+            **self._cluster_settings,
+        ).start()
+        self.google.connect_cluster(endpoint=f"127.0.0.1:{self.kubernetes.port}", ca_pem=self.kubernetes.ca_pem)
+        return self
+
+    def stop(self) -> None:
+        for server in ("kubernetes", "google"):
+            if hasattr(self, server):
+                getattr(self, server).stop()
+        for child in reversed(self._children):
+            child.stop()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def target(self, **changes: Any) -> Target:
+        """The cloud as a target; the same fields as a file in `deployments/targets/`."""
+        google = self.google.url
+        return Target.model_validate(
+            {
+                "name": "rehearsal",
+                "project": PROJECT,
+                "region": REGION,
+                "universe": {"domain": UNIVERSE_DOMAIN},
+                "credentials": "anonymous",
+                "cluster": {"name": "rehearsal-cluster"},
+                "namespace": "serving",
+                "ksa": "model-ksa",
+                "gsa": "model-gsa",
+                "bucket": "rehearsal-models",
+                "gpu_usd_per_hour": 10.0,
+                "endpoints": {
+                    "hub": self.hub_url,
+                    "storage": self.storage_url,
+                    **dict.fromkeys(
+                        (
+                            *("container", "iam", "cloudresourcemanager", "serviceusage"),
+                            *("cloudbilling", "compute"),
+                        ),
+                        google,
+                    ),
+                },
+                **changes,
+            }
+        )
+
+    def write_target(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.target().model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+    def _child(self, module: str, *arguments: str) -> Child:
+        log = self.root / "logs" / f"{module.rpartition('.')[2]}.log"
+        child = Child([sys.executable, "-m", module, *arguments], log=log, cwd=CHECKOUT)
+        self._children.append(child)
+        return child

@@ -1,0 +1,77 @@
+"""Keep the record of a run while it happens: locally after every step, in the bucket at every milestone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
+
+from rollout.clients.records import RecordStore, write_local
+from rollout.errors import BucketNotFound, NotApproved, ObjectivesMissed, RolledBack
+from rollout.record import RolloutReport, Verdict
+from rollout.report import StepReport, utc_now
+from rollout.show import report_markdown
+from rollout.target import Target
+from tasks.step import Story
+
+_VERDICTS: dict[type[BaseException], Verdict] = {
+    ObjectivesMissed: Verdict.OBJECTIVES_MISSED,
+    RolledBack: Verdict.ROLLED_BACK,
+    NotApproved: Verdict.NOT_APPROVED,
+}
+
+
+class Record:
+    """A report in the making."""
+
+    def __init__(self, report: RolloutReport, target: Target, path: Path | None) -> None:
+        self._report = report
+        self._target = target
+        self._path = path
+        self._earlier = report.steps
+        self.story = Story(self._keep_steps)
+
+    @property
+    def report(self) -> RolloutReport:
+        return self._report
+
+    def keep(self, **fields: Any) -> None:
+        """Set fields of the report, and write it to the local file."""
+        elapsed_s = (utc_now() - self._report.started_at).total_seconds()
+        self._report = self._report.model_copy(update={"duration_s": elapsed_s, **fields})
+        if self._path is not None:
+            write_local(self._report, self._path)
+
+    def milestone(self) -> None:
+        """Write the record to the bucket; where there is none (any more), the local one stands."""
+        with suppress(BucketNotFound):
+            RecordStore(self._target).write(self._report)
+
+    def _keep_steps(self, steps: tuple[StepReport, ...]) -> None:
+        self.keep(steps=self._earlier + steps)
+
+
+@contextmanager
+def recorded(target: Target, report_file: str | None, *, earlier: RolloutReport | None = None) -> Iterator[Record]:
+    """A record that ends with the verdict, whatever happens in between; `earlier` is continued instead of a new one."""
+    report = earlier or RolloutReport(
+        run_id=str(flow_run.id), run_url=flow_run.ui_url, started_at=flow_run.scheduled_start_time or utc_now()
+    )
+    record = Record(report, target, Path(report_file) if report_file else None)
+    try:
+        yield record
+    except BaseException as error:
+        verdict = next((v for kind, v in _VERDICTS.items() if isinstance(error, kind)), Verdict.FAILED)
+        record.keep(verdict=verdict, error=f"{type(error).__name__}: {error}")
+        raise
+    else:
+        if record.report.verdict is Verdict.RUNNING:
+            record.keep(verdict=Verdict.DONE)
+    finally:
+        create_markdown_artifact(
+            markdown=report_markdown(record.report), key="rollout-report", description="The rollout, step by step"
+        )

@@ -1,0 +1,133 @@
+"""A rollout is proven by its answers and by its curve."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger
+
+from rollout.benchmark import BenchmarkReport, BenchmarkSpec, Environment
+from rollout.clients.benchmarks import StageStore
+from rollout.clients.cluster import ClusterClient
+from rollout.clients.loadgen import run_benchmark
+from rollout.clients.openai_api import run_smoke_suite
+from rollout.cost import TokenCost, token_cost
+from rollout.errors import ObjectivesMissed, SmokeFailed
+from rollout.objectives import Verdict, judge
+from rollout.plan import RolloutPlan, known_price
+from rollout.report import StepStatus
+from rollout.show import benchmark_markdown, curve_summary, verdict_markdown
+from rollout.smoke import Capabilities, SmokeReport
+from rollout.stage import Stage
+from tasks.step import Artifact, Outcome, ProgressBar, step
+
+
+@step("smoke test", retries=1)
+def smoke_test(plan: RolloutPlan) -> Outcome[SmokeReport]:
+    """The document's request and everything else that the model should be able to do."""
+    capabilities = Capabilities.of(plan.checkpoint_config, plan.serving)
+    with ClusterClient.connect(plan.target).endpoint(plan.serving.service_name) as base_url:
+        report = run_smoke_suite(base_url, plan.serving.served_model_name, capabilities)
+    return Outcome(
+        value=report,
+        summary=report.summary(),
+        status=StepStatus.DONE,
+        data=report.model_dump(mode="json"),
+        artifact=Artifact("smoke-test", f"Smoke test of {plan.serving.served_model_name}", table=report.table()),
+    )
+
+
+def require_passed(report: SmokeReport) -> None:
+    """Raise `SmokeFailed` naming the checks that failed."""
+    if not report.passed:
+        raise SmokeFailed(
+            report.summary(),
+            where=report.model,
+            resolution="Each row of the smoke-test artifact has the curl line that repeats its check.",
+        )
+
+
+@step("benchmark", retries=1)
+def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpec) -> Outcome[BenchmarkReport]:
+    """Load sweep to saturation. Finished stages of the same pods are not measured again."""
+    logger = get_run_logger()
+    environment = environment_of(plan)
+    store = StageStore(plan.target, environment, spec, pods)
+    completed = store.read()
+    bar = ProgressBar("benchmark-progress", "Load sweep")
+    stages = list(completed)
+
+    def keep(stage: Stage) -> None:
+        stages.append(stage)
+        store.write(stages)
+        bar.update(min(99.0, 100.0 * len(stages) / spec.max_stages))
+
+    with ClusterClient.connect(plan.target).endpoint(plan.serving.service_name) as base_url:
+        report = run_benchmark(
+            base_url,
+            spec,
+            model=plan.serving.served_model_name,
+            on_stage=keep,
+            objectives=plan.policy.objectives,
+            completed=completed,
+            environment=environment,
+        )
+    bar.update(100.0)
+    measured = len(report.stages) - len(completed)
+    if completed:
+        logger.info("%d stages were measured by an earlier run against the same pods", len(completed))
+    return Outcome(
+        value=report,
+        summary=f"{curve_summary(report)}; {measured} stages measured, {len(completed)} kept",
+        status=StepStatus.DONE if measured else StepStatus.UNCHANGED,
+        data={"stages_measured": measured, "stages_kept": len(completed)},
+        artifact=Artifact("benchmark", f"Load sweep of {environment.model}", markdown=benchmark_markdown(report)),
+    )
+
+
+@step("objectives")
+def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: BenchmarkReport) -> Outcome[Verdict]:
+    """Hold what was measured against the policy's objectives."""
+    verdict = judge(
+        plan.policy.objectives,
+        benchmark.stages,
+        cost=_cost(plan, benchmark),
+        passed_checks=smoke.passed_checks,
+    )
+    return Outcome(
+        value=verdict,
+        summary=verdict.summary(),
+        status=StepStatus.DONE if verdict.met else StepStatus.FAILED,
+        data=verdict.model_dump(mode="json"),
+        artifact=Artifact("objectives", "Objectives: limit, measured, margin", markdown=verdict_markdown(verdict)),
+    )
+
+
+def require_met(verdict: Verdict) -> None:
+    """Raise `ObjectivesMissed` with the reason of every miss."""
+    if not verdict.met:
+        raise ObjectivesMissed(verdict.summary(), where="objectives")
+
+
+def environment_of(plan: RolloutPlan) -> Environment:
+    """What is measured: curves are comparable when this agrees."""
+    serving = plan.serving
+    return Environment(
+        model=serving.served_model_name,
+        commit_sha=plan.model.commit_sha,
+        image=serving.image,
+        flags=tuple(serving.vllm_args(plan.weights_uri)),
+        accelerator=serving.accelerator.type,
+        accelerator_count=serving.accelerator.count * serving.replicas,
+    )
+
+
+def _cost(plan: RolloutPlan, benchmark: BenchmarkReport) -> TokenCost | None:
+    price = known_price(plan.target, plan.serving.accelerator.type)
+    best = max(benchmark.stages, key=lambda stage: stage.output_tokens_per_s, default=None)
+    if price is None or best is None:
+        return None
+    return token_cost(
+        price,
+        gpus=plan.serving.accelerator.count * plan.serving.replicas,
+        input_tokens_per_s=best.input_tokens_per_s,
+        output_tokens_per_s=best.output_tokens_per_s,
+    )
