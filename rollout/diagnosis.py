@@ -426,7 +426,7 @@ def _longer_probe(_: re.Match[str], observation: StartupObservation) -> str:
     spec = observation.serving
     if spec is None or not observation.weights_bytes:
         return "Give the startup probe a higher failureThreshold: the model takes longer to load than it allows."
-    budget_s = spec.startup_failure_threshold(observation.weights_bytes) * 10
+    budget_s = spec.startup_failure_threshold(observation.weights_bytes, period_s=1)
     return (
         f"Loading {observation.weights_bytes / 1e9:.1f} GB took longer than the probe's {budget_s} s, which assume"
         f" {spec.weights_bytes_per_s / 1e6:.0f} MB/s. Set serving.weights_bytes_per_s to"

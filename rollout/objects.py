@@ -30,6 +30,9 @@ SHARED_KINDS = frozenset({"Namespace", "ComputeClass", "ServiceAccount"})
 BOOT_DISK_CACHE_LIMIT_BYTES = 90 * 2**30
 """GKE's boot disk has 100 GiB, of which it keeps 10 %: a hub cache of 90 GiB evicts its own pod."""
 
+STARTUP_PERIOD_S = 2
+"""The startup probe's period in deployment.yaml: what a start loses on average is half of it."""
+
 RAM_CACHE = "/dev/shm/hf_cache"  # the mount of deployment.yaml; the quickstart's own cure
 
 
@@ -180,7 +183,7 @@ def _deployment_values(
         "args": args,
         "port": serving.port,
         "env": _environment(model, serving, target, source),
-        "startup_failure_threshold": serving.startup_failure_threshold(model.total_bytes),
+        "startup_failure_threshold": serving.startup_failure_threshold(model.total_bytes, period_s=STARTUP_PERIOD_S),
         "node_selector": _node_selector(serving, target),
     }
 

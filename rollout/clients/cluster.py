@@ -439,6 +439,6 @@ def _client_from_gke(target: Target) -> ApiClient:
                     credentials.refresh(Request())
             configuration.api_key["authorization"] = f"Bearer {credentials.token}"
 
-        configuration.refresh_api_key_hook = present_token
+        configuration.refresh_api_key_hook = present_token  # type: ignore[assignment]  # declared as None
         present_token(configuration)
     return ApiClient(configuration)
