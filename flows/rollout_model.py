@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from prefect import flow
 
-from flows.plan_model import make_planfrom tasks.weights import check_weights_layout, publish_weights
-
+from flows.plan_model import make_plan
 from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport
@@ -19,6 +18,7 @@ from tasks.record import Record, recorded
 from tasks.serve import apply_manifests, wait_until_available
 from tasks.teardown import require_nothing_left, tear_down_rollout
 from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
+from tasks.weights import check_weights_layout, publish_weights
 
 
 @flow(name="rollout-model", flow_run_name="{request.model} → {request.target}")
@@ -45,12 +45,12 @@ def rollout_model(request: RolloutRequest, report_file: str | None = None) -> Ro
 def apply(plan: RolloutPlan, record: Record) -> None:
     """Change the target: the cluster is made while the weights travel."""
     story = record.story
-    story.run(provision_bucket, plan)
+    story.run(provision_bucket, plan.target)
     record.milestone()  # the ledger, before anything else is changed
     cluster = story.start(provision_cluster, plan)
     try:
-        record.keep(weights=story.run(publish_weights, plan))
-        story.run(check_weights_layout, plan)
+        record.keep(weights=story.run(publish_weights, plan.model, plan.target, plan.policy.transfer))
+        story.run(check_weights_layout, plan.target, plan.weights_uri)
     finally:
         cluster.result()
     story.run(set_up_workload_identity, plan)

@@ -16,7 +16,7 @@ from rollout.clients.iam import (
 from rollout.clients.storage import StorageClient
 from rollout.plan import RolloutPlan
 from rollout.report import Action, Change, StepStatus
-from rollout.target import ClusterMode, IdentityMode
+from rollout.target import ClusterMode, IdentityMode, Target
 from tasks.step import Artifact, Outcome, step
 
 
@@ -31,12 +31,12 @@ def _changes_artifact(key: str, description: str, changes: tuple[Change, ...]) -
 
 
 @step("provision bucket")
-def provision_bucket(plan: RolloutPlan) -> Outcome[None]:
+def provision_bucket(target: Target) -> Outcome[None]:
     """The bucket in the target's region, with uniform access and no public access; adopted when it exists."""
-    changes = (StorageClient(plan.target).ensure_bucket(),)
+    changes = (StorageClient(target).ensure_bucket(),)
     return Outcome(
         value=None,
-        summary=f"gs://{plan.target.bucket} is {changes[0].action.value}",
+        summary=f"gs://{target.bucket} is {changes[0].action.value}",
         status=_status(changes),
         changes=changes,
         artifact=_changes_artifact("bucket", "The bucket of the weights", changes),

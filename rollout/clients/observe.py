@@ -23,7 +23,7 @@ from rollout.clients.iam import (
 )
 from rollout.clients.projects import Projects
 from rollout.clients.storage import StorageClient
-from rollout.clients.transfer import weights_are_proven
+from rollout.clients.transfer import read_provenance
 from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
 from rollout.fit import check_ephemeral_storage, check_memory
 from rollout.model import PinnedModel
@@ -98,7 +98,7 @@ def _observe_bucket(observer: _Observer, model: PinnedModel) -> None:
         if not exists:
             observer.checks.append(preflight.ok(name, f"gs://{observer.target.bucket} will be made"))
             return
-        proven = weights_are_proven(model, observer.target)
+        proven = read_provenance(model, observer.target) is not None
         observer.found["weights_proven"] = proven
         state = "holds the proven weights" if proven else "exists; the weights will be transferred"
         observer.checks.append(preflight.ok(name, f"gs://{observer.target.bucket} {state}"))

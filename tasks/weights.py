@@ -1,0 +1,74 @@
+"""Weights from the hub to the bucket, proven by hash, and the check that a model server can load them."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger
+from rollout.clients.layout import check_layout
+from rollout.layout import LayoutReport, require_valid
+
+from rollout.clients import transfer
+from rollout.model import PinnedModel
+from rollout.report import Action, Change, StepStatus
+from rollout.target import Target
+from rollout.transfer import Progress, TransferReport, TransferSpec
+from tasks.credentials import hub_token
+from tasks.step import Artifact, Outcome, ProgressBar, step
+
+
+@step("publish weights")
+def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> Outcome[TransferReport]:
+    """Transfer what the bucket does not hold yet; every byte is compared with the hub's hashes on its way."""
+    logger = get_run_logger()
+    title = f"{model.repo_id}@{model.short_sha}"
+    bar = ProgressBar("weights-progress", f"Weights of {title}")
+    tenths = 0
+
+    def show(progress: Progress) -> None:
+        nonlocal tenths
+        bar.update(progress.share * 100)
+        if int(progress.share * 10) > tenths:
+            tenths = int(progress.share * 10)
+            left = f"{progress.seconds_left:.0f} s left" if progress.seconds_left is not None else "starting"
+            logger.info(
+                "%d %% of %.2f GB, %.0f MB/s, %s",
+                tenths * 10,
+                progress.bytes_total / 1e9,
+                progress.bytes_per_s / 1e6,
+                left,
+            )
+
+    report = transfer.publish_weights(model, target, spec, token=hub_token(target), on_progress=show)
+    bar.update(100.0)
+    unchanged = report.status is StepStatus.UNCHANGED
+    proof = f"{len(report.files)} files, {report.total_bytes / 1e9:.2f} GB, sha256 verified"
+    return Outcome(
+        value=report,
+        summary=f"{proof}; already there, nothing was sent"
+        if unchanged
+        else f"{proof}; {report.bytes_sent / 1e9:.2f} GB sent in {report.seconds:.1f} s by {report.route.value}",
+        status=report.status,
+        changes=(
+            Change(
+                action=Action.UNCHANGED if unchanged else Action.CREATED,
+                kind="Weights",
+                name=report.uri,
+                detail=f"commit {report.commit_sha}",
+            ),
+        ),
+        data={"bytes_sent": report.bytes_sent, "requests": report.requests, "retries": report.retries},
+        artifact=Artifact("weights", f"Weights of {title}: what was proven", table=report.rows()),
+    )
+
+
+@step("check layout")
+def check_weights_layout(target: Target, uri: str) -> Outcome[LayoutReport]:
+    """config.json at the model path, every shard of the index, tokenizer; nothing that a model server trips over."""
+    report = check_layout(target, uri)
+    require_valid(report)
+    return Outcome(
+        value=report,
+        summary=report.summary,
+        status=StepStatus.DONE,
+        data=report.model_dump(mode="json"),
+        artifact=Artifact("layout", f"Layout of {uri}", table=report.rows()),
+    )
