@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from xml.sax.saxutils import escape
@@ -71,6 +72,15 @@ def unsupported(what: str) -> StorageError:
 
 def invalid(message: str, *, code: str = "InvalidArgument", details: str = "") -> StorageError:
     return StorageError(400, "invalid", message, code, details or message)
+
+
+@contextmanager
+def reading_document() -> Iterator[None]:
+    """A document whose parts have other types than they should is the client's mistake: 400."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise invalid(f"Invalid argument: {error}") from error
 
 
 def required(parameter: str) -> StorageError:

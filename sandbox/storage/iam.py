@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox.storage.errors import StorageError, invalid, unsupported
+from sandbox.storage.errors import StorageError, invalid, reading_document, unsupported
 
 BEARER_PREFIX = "Bearer sandbox-identity:"
 
@@ -139,6 +139,7 @@ def default_bindings(project: str) -> list[dict[str, Any]]:
     ]
 
 
+@reading_document()
 def checked_bindings(body: Mapping[str, Any], *, public_access_prevented: bool) -> list[dict[str, Any]]:
     """The bindings of a policy that someone wants to set, merged by role and sorted as the service keeps them."""
     if unknown := set(body) - {"bindings", "etag", "version", "kind", "resourceId"}:

@@ -24,6 +24,7 @@ from sandbox.storage.errors import (
     name_taken,
     not_modified,
     precondition_failed,
+    reading_document,
     required,
     unsupported,
 )
@@ -65,6 +66,8 @@ def json_response(call: Call, resource: Mapping[str, Any]) -> web.Response:
 
 def select_fields(resource: Any, fields: str) -> Any:
     """A partial response: `items(name,size),nextPageToken`, `items/name`, `*`."""
+    if fields.count("(") != fields.count(")"):
+        raise invalid(f"Invalid field selection {fields}")
     wanted: dict[str, list[str]] = {}
     for item in re.findall(r"[^,()]+(?:\((?:[^()]|\([^()]*\))*\))?", fields):
         match = re.fullmatch(r"([^/(]+)(?:/(.+)|\((.+)\))?", item.strip())
@@ -183,7 +186,7 @@ class JsonApi:
         name = body.get("name")
         if not name:
             raise required("name")
-        names.check_bucket_name(name)
+        names.check_bucket_name(str(name))
         if name in self._access.foreign_buckets:
             raise name_taken()
         if name in self._store.buckets:
@@ -308,6 +311,11 @@ class JsonApi:
     async def compose(self, call: Call) -> web.StreamResponse:
         bucket = self._bucket(call, "storage.objects.create", resource="object")
         body = await call.body.read_object()
+        with reading_document():
+            stored = self._composed(call, bucket, body)
+        return json_response(call, self._object_resource(call, bucket, stored))
+
+    def _composed(self, call: Call, bucket: Bucket, body: Mapping[str, Any]) -> StoredObject:
         if unknown := set(body) - {"kind", "sourceObjects", "destination"}:
             raise unsupported(f"{sorted(unknown)[0]!r} in a compose request")
         sources = body.get("sourceObjects", [])
@@ -323,7 +331,7 @@ class JsonApi:
         self._access.require(call.caller, bucket, "storage.objects.get")
         components = [self._component(call, bucket, source) for source in sources]
         properties = names.object_properties(body.get("destination", {}))
-        stored = self._store.publish(
+        return self._store.publish(
             bucket,
             name,
             joined([self._store.content(bucket, component) for component in components]),
@@ -331,7 +339,6 @@ class JsonApi:
             call.preconditions(),
             component_count=sum(component.component_count or 1 for component in components),
         )
-        return json_response(call, self._object_resource(call, bucket, stored))
 
     async def rewrite(self, call: Call) -> web.StreamResponse:
         bucket, stored = await self._copied(call, call.names["to_bucket"])
@@ -474,13 +481,14 @@ def _entries(
 
 def _page(sorted_names: Iterable[str], call: Call) -> tuple[list[str], str | None]:
     """A page of names and the token of the next; the token is the last name of the page."""
-    limit = min(call.integer("maxResults") or PAGE_LIMIT, PAGE_LIMIT)
+    wanted = call.integer("maxResults")
+    limit = PAGE_LIMIT if wanted is None else min(wanted, PAGE_LIMIT)
     if limit < 1:
         raise invalid("Invalid value for maxResults: at least 1.")
     after = ""
     if token := call.query.get("pageToken"):
         try:
-            after = base64.urlsafe_b64decode(token).decode()
+            after = base64.b64decode(token, altchars=b"-_", validate=True).decode()
         except ValueError as error:
             raise invalid("Invalid pageToken.") from error
     rest = [name for name in sorted_names if name > after]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sandbox.storage.blobs import WRITABLE_PROPERTIES, now_rfc3339
-from sandbox.storage.errors import StorageError, invalid, unsupported
+from sandbox.storage.errors import StorageError, invalid, reading_document, unsupported
 
 STORAGE_CLASSES = frozenset({"STANDARD", "NEARLINE", "COLDLINE", "ARCHIVE"})
 
@@ -65,6 +65,7 @@ def check_object_name(name: str) -> None:
         raise invalid("The specified object name is not valid.", code="InvalidObjectName")
 
 
+@reading_document()
 def new_bucket_resource(body: Mapping[str, Any], allowed_locations: frozenset[str] | None) -> dict[str, Any]:
     """The resource of a bucket to be made from `body`, with the service's defaults."""
     resource = {
@@ -86,6 +87,7 @@ def new_bucket_resource(body: Mapping[str, Any], allowed_locations: frozenset[st
     return patched_bucket_resource(resource, {key: value for key, value in body.items() if key != "location"})
 
 
+@reading_document()
 def patched_bucket_resource(resource: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
     """`resource` after a JSON merge patch, every part of which must be a setting that is kept here."""
     if unknown := set(patch) - _BUCKET_FIELDS - _SERVICE_FIELDS:
@@ -120,6 +122,7 @@ def checked_storage_class(value: object) -> str:
     return str(value)
 
 
+@reading_document()
 def object_properties(body: Mapping[str, Any]) -> dict[str, Any]:
     """The properties that a client sets on an object; every other field of `body` must be one that it may state."""
     stated = {"name", "bucket", "crc32c", "md5Hash", "kind"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -14,10 +15,10 @@ from sandbox.server import LoopbackServer
 from sandbox.shaping import Link, Shape
 from sandbox.storage.blobs import Store
 from sandbox.storage.call import Access, Body, Call, Route
-from sandbox.storage.errors import Dialect, StorageError, unsupported
+from sandbox.storage.errors import Dialect, StorageError, reading_document, unsupported
 from sandbox.storage.iam import Caller
 from sandbox.storage.json_api import JsonApi
-from sandbox.storage.upload_api import UploadApi
+from sandbox.storage.upload_api import CLIENT_CLOSED_REQUEST, UploadApi
 from sandbox.storage.uploads import MultipartUploads, Sessions
 from sandbox.storage.xml_api import XmlApi
 from sandbox.wire import RequestLog, RequestRecord, wire_middlewares
@@ -141,7 +142,11 @@ class StorageServer(LoopbackServer):
             response = await route.handler(call)
         except StorageError as error:
             response = error.response(dialect)
-        await body.drain()
+        except ConnectionResetError:
+            # The client went away while it was sending; nobody reads this answer.
+            return web.Response(status=CLIENT_CLOSED_REQUEST)
+        with suppress(ConnectionResetError):
+            await body.drain()
         return response
 
     def _route(self, request: web.Request) -> tuple[Route, Mapping[str, str]]:
@@ -163,7 +168,8 @@ class StorageServer(LoopbackServer):
                     raise unsupported(f"the query parameter {unknown[0]!r} of {request.method} {path}")
                 if (alternative := request.query.get("alt", "json")) not in route.alternatives:
                     raise unsupported(f"alt={alternative} of {request.method} {path}")
-                return route, {name: unquote(value, errors="strict") for name, value in match.groupdict().items()}
+                with reading_document():
+                    return route, {name: unquote(value, errors="strict") for name, value in match.groupdict().items()}
         raise unsupported(f"{request.method} {path} without {sorted(candidates[0][0].needs)}")
 
 

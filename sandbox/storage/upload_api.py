@@ -99,11 +99,9 @@ class UploadApi:
     # One request
 
     async def _media(self, call: Call, bucket: Bucket) -> web.StreamResponse:
-        properties: dict[str, Any] = {"contentType": call.request.headers.get("Content-Type")}
-        if "contentEncoding" in call.query:
-            properties["contentEncoding"] = call.query["contentEncoding"]
+        metadata = {key: call.query[key] for key in ("contentEncoding",) if key in call.query}
         content = await receive(call.body, self._store)
-        return await self._publish(call, bucket, self._name(call, bucket, {}), content, properties, {})
+        return await self._publish(call, bucket, content, call.request.headers.get("Content-Type"), metadata)
 
     async def _multipart(self, call: Call, bucket: Bucket) -> web.StreamResponse:
         header = Message()
@@ -116,21 +114,21 @@ class UploadApi:
             metadata, content_type, content = await _split_related(spooled, boundary.encode(), self._store)
         finally:
             self._store.discard(spooled.segments)
-        properties = {"contentType": content_type} | names.object_properties(metadata)
-        name = self._name(call, bucket, metadata)
-        return await self._publish(call, bucket, name, content, properties, _stated_in_metadata(metadata))
+        return await self._publish(call, bucket, content, content_type, metadata)
 
     async def _publish(
         self,
         call: Call,
         bucket: Bucket,
-        name: str,
         content: Content,
-        properties: Mapping[str, Any],
-        stated: Mapping[str, str],
+        content_type: str | None,
+        metadata: Mapping[str, Any],
     ) -> web.StreamResponse:
+        """Make the received content an object, or discard it with the reason."""
         try:
-            verified = await checked(content, {**stated, **stated_in_headers(call)})
+            name = self._name(call, bucket, metadata)
+            properties = {"contentType": content_type} | names.object_properties(metadata)
+            verified = await checked(content, {**_stated_in_metadata(metadata), **stated_in_headers(call)})
             stored = self._store.publish(bucket, name, verified, properties, call.preconditions())
         finally:
             self._store.discard(content.segments)
@@ -299,12 +297,13 @@ async def _split_related(spooled: Content, boundary: bytes, store: Store) -> tup
     if head != 0 or second < 0 or end <= second:
         raise invalid("Missing end boundary in multipart body.")
     _, metadata_text = _part(body[len(delimiter) : second])
+    metadata = _json_object(metadata_text)
     headers, data = _part(body[second + 2 + len(delimiter) : end])
     writer = BlobWriter(store.incoming_path())
     await writer.write(data)
     await writer.close()
     content = Content((writer.path,), (writer.size,), writer.crc32c)
-    return _json_object(metadata_text), headers.get("Content-Type"), content
+    return metadata, headers.get("Content-Type"), content
 
 
 def _part(text: bytes) -> tuple[Message, bytes]:

@@ -117,8 +117,8 @@ class XmlApi:
         number = call.integer("partNumber")
         if number is None or not 1 <= number <= MAXIMUM_PART_NUMBER:
             raise invalid(f"Part number must be an integer between 1 and {MAXIMUM_PART_NUMBER}, inclusive.")
-        content = await receive(call.body, self._store)
         stated = stated_in_headers(call)
+        content = await receive(call.body, self._store)
         try:
             await checked(content, stated)
             part = self._uploads.add_part(bucket, upload, number, content)

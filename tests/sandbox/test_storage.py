@@ -506,6 +506,29 @@ def test_permissions_are_tested_for_the_caller(server: StorageServer, bucket: st
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "document"),
+    [
+        ("POST", "/storage/v1/b?project=proj", "[1"),
+        ("POST", "/storage/v1/b?project=proj", '{"name": 5}'),
+        ("POST", "/storage/v1/b?project=proj", '{"name": "new", "labels": 3}'),
+        ("PATCH", "/storage/v1/b/weights", '{"lifecycle": {"rule": 3}}'),
+        ("PUT", "/storage/v1/b/weights/iam", '{"bindings": 5}'),
+        ("PUT", "/storage/v1/b/weights/iam", '{"bindings": [{"role": "roles/owner", "members": ["user:a@b.c"]}]}'),
+        ("POST", "/storage/v1/b/weights/o/x/compose", '{"sourceObjects": [1]}'),
+        ("POST", "/upload/storage/v1/b/weights/o?uploadType=multipart", "{}"),
+        ("GET", "/storage/v1/b/weights/o?maxResults=0", ""),
+        ("GET", "/storage/v1/b/weights/o?pageToken=%25%25", ""),
+        ("GET", "/storage/v1/b/weights/o?fields=items(", ""),
+        ("GET", "/storage/v1/b/weights/o/%FF", ""),
+    ],
+)
+def test_malformed_requests_are_the_clients_fault(
+    server: StorageServer, bucket: storage.Bucket, method: str, path: str, document: str
+) -> None:
+    assert requests.request(method, server.url + path, data=document, timeout=60).status_code == 400
+
+
+@pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [
         ("GET", "/storage/v1/b/weights/acl", {}, 404),
