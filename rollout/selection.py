@@ -1,6 +1,6 @@
 """Which files of a repository are transferred: everything that vLLM needs, once, and nothing else.
 
-vLLM reads `*.safetensors` before `*.bin` before `*.pt` (`vllm/model_executor/model_loader/default_loader.py`), and from a
+vLLM reads `*.safetensors` before `*.bin` before `*.pt` (its `model_loader/default_loader.py`), and from a
 bucket it loads *every* `*.safetensors` below the model path, so that a copy in `original/` is loaded as a second model.
 """
 

@@ -238,6 +238,40 @@ class Provenance(Value):
         )
 
 
+_CONTENT_KEY, _SHA256_KEY, _CRC32C_KEY = "llm-rollout-content", "llm-rollout-sha256", "llm-rollout-crc32c"
+
+
+def content_of(file: ModelFile) -> str:
+    """What the hub says the file holds, as one word."""
+    return f"sha256:{file.sha256}" if file.sha256 else f"git-blob-sha1:{file.git_blob_sha1}"
+
+
+def content_metadata(file: ModelFile) -> dict[str, str]:
+    """Custom metadata of an object that is meant to hold `file`; not yet a proof."""
+    return {_CONTENT_KEY: content_of(file)}
+
+
+def proof_metadata(sha256: str, crc32c: int) -> dict[str, str]:
+    """Custom metadata that turns `content_metadata` into a proof: set once the object's bytes were found right."""
+    return {_SHA256_KEY: sha256, _CRC32C_KEY: f"{crc32c:08x}"}
+
+
+def proven_file(file: ModelFile, found: StoredObject | None) -> ProvenFile | None:
+    """The proof that an object carries in its metadata, if it is one of `file` and still fits the object's bytes."""
+    if found is None or found.size_bytes != file.size_bytes:
+        return None
+    stated = found.metadata
+    if stated.get(_CONTENT_KEY) != content_of(file) or stated.get(_CRC32C_KEY) != found.crc32c_hex:
+        return None
+    return ProvenFile(
+        path=file.path,
+        size_bytes=file.size_bytes,
+        sha256=stated.get(_SHA256_KEY, ""),
+        crc32c=found.crc32c_hex,
+        generation=found.generation,
+    )
+
+
 def is_same_object(proven: ProvenFile, wanted: ModelFile, found: StoredObject | None) -> bool:
     """Whether the object is the very one that was proven, and what was proven is what is wanted."""
     return (

@@ -1,0 +1,447 @@
+"""Publish weights: from the hub into the bucket, proven, resumable, with bounded memory and, streaming, without a disk.
+
+What lies below a model path while and after weights are moved:
+
+    config.json, model-….safetensors, …      final names: only ever given to proven objects
+    .llm-rollout/writer.json                 the claim of the run that is writing (`rollout.clients.claim`)
+    .llm-rollout/incoming/<digest>.<part>    a file on its way; its metadata says whether it is proven
+    .llm-rollout/ready.json                  the ready marker with the provenance, written last
+
+A live model path stays whole: nothing is given its final name before *every* file of the new commit is proven. Then
+names change one by one, each under a generation precondition, and the marker is written. The names of files on their
+way follow from what they hold, so a later run finds everything again by one listing; nothing has to be remembered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
+
+from rollout.bucket_objects import StoredObject
+from rollout.clients.claim import Claim
+from rollout.clients.hub import HubClient
+from rollout.clients.mover import ByteSource, Job, Mover, progress_of
+from rollout.clients.raw_http import HttpPool
+from rollout.clients.retrying import with_retries
+from rollout.clients.staging import DiskFile, stage_files
+from rollout.clients.storage import StorageClient
+from rollout.clients.uploads import ArrivedPart, Upload, Uploader
+from rollout.errors import AnotherWriter, TransferFailed
+from rollout.model import ModelFile, PinnedModel
+from rollout.report import Action, Change, StepStatus, utc_now
+from rollout.selection import RESERVED_FOLDER
+from rollout.target import Target
+from rollout.transfer import (
+    READY_MARKER,
+    FileReport,
+    Progress,
+    Provenance,
+    ProvenFile,
+    Route,
+    Source,
+    TransferReport,
+    TransferSpec,
+    content_metadata,
+    content_of,
+    proven_file,
+    shard_files,
+)
+from rollout.values import content_digest
+
+_INCOMING = f"{RESERVED_FOLDER}incoming/"
+_MOVES_AT_ONCE = 8
+_ATTEMPTS = 6
+"""Of listings and abortions: with back-off from 0.5 s about 15 s."""
+
+OnProgress = Callable[[Progress], None]
+
+
+def _silent(_: Progress) -> None:
+    pass
+
+
+def publish_weights(
+    pinned: PinnedModel,
+    target: Target,
+    spec: TransferSpec | None = None,
+    *,
+    token: str | None = None,
+    on_progress: OnProgress = _silent,
+) -> TransferReport:
+    """Bring the pinned files to the target's model path, and write the ready marker last.
+
+    Over weights that are in place and proven, this costs one listing and one read, and the report says `unchanged`.
+
+    Args:
+        token: of the Hugging Face account; never logged, never sent to another host.
+        on_progress: called a few times per second from the calling thread.
+
+    Raises:
+        AnotherWriter: another run is writing the same weights, and goes on.
+        HashMismatch: the hub gives other bytes than it states; nothing wrong was left behind.
+        TransferFailed: gave up; a rerun sends only what is missing.
+        RepositoryGated, RepositoryNotFound, PermissionMissing, BucketNotFound, TransientError.
+    """
+    run = _Run(pinned, target, spec or TransferSpec(), token)
+    started_at = time.monotonic()
+    place = run.place
+    before = place.look()
+    if before.marker is not None and before.marker.proves(pinned, before.by_path):
+        return _unchanged(run, before.marker, started_at)
+    claim = Claim(place.storage, f"{place.prefix}{RESERVED_FOLDER}writer.json", ttl_s=run.spec.claim_ttl_s)
+    claim.acquire()
+    try:
+        files = run.move(pinned.files, on_progress, claim, sweep=True)
+        marker = place.finish(pinned)
+    finally:
+        claim.release()
+    generations = {file.path: file.generation for file in marker.files}
+    files = tuple(file.model_copy(update={"generation": generations[file.path]}) for file in files)
+    return run.report(files, StepStatus.DONE, started_at)
+
+
+def publish_shard(
+    pinned: PinnedModel,
+    target: Target,
+    spec: TransferSpec | None = None,
+    *,
+    index: int,
+    count: int,
+    token: str | None = None,
+    on_progress: OnProgress = _silent,
+) -> TransferReport:
+    """Bring one share of the files into the bucket, proven but without their final names; `finish` does the rest.
+
+    Args:
+        index: of this worker, from 0, as an Indexed Job gives it in JOB_COMPLETION_INDEX.
+        count: of workers: every one computes the same shares from the same commit.
+    """
+    run = _Run(pinned, target, spec or TransferSpec(), token)
+    started_at = time.monotonic()
+    name = f"{run.place.prefix}{RESERVED_FOLDER}writer-{index}-of-{count}.json"
+    claim = Claim(run.place.storage, name, ttl_s=run.spec.claim_ttl_s)
+    claim.acquire()
+    try:
+        files = run.move(shard_files(pinned.files, count)[index], on_progress, claim, sweep=False)
+    finally:
+        claim.release()
+    return run.report(files, StepStatus.DONE, started_at, shard=f"{index + 1} of {count}")
+
+
+def finish(pinned: PinnedModel, target: Target) -> Provenance:
+    """Give the files of all shares their final names and write the ready marker; may be repeated.
+
+    Raises:
+        TransferFailed: files are missing; names them.
+        AnotherWriter: another run was faster.
+    """
+    place = Place(StorageClient(target), target.weights_prefix(pinned.repo_id, pinned.commit_sha))
+    return place.finish(pinned)
+
+
+def read_provenance(pinned: PinnedModel, target: Target) -> Provenance | None:
+    """The ready marker, if it proves that exactly this commit lies at the target's model path: two requests."""
+    place = Place(StorageClient(target), target.weights_prefix(pinned.repo_id, pinned.commit_sha))
+    view = place.look()
+    return view.marker if view.marker is not None and view.marker.proves(pinned, view.by_path) else None
+
+
+def find_leftovers(target: Target, prefix: str = "") -> tuple[Change, ...]:
+    """What unfinished runs left below `prefix`: multipart uploads, temporary objects, claims. Changes nothing."""
+    return _leftovers(target, prefix, remove=False)
+
+
+def remove_leftovers(target: Target, prefix: str = "") -> tuple[Change, ...]:
+    """Remove what `find_leftovers` finds. A run that is still going on fails, and has to start over."""
+    return _leftovers(target, prefix, remove=True)
+
+
+class View:
+    """What a listing shows below a model path, and the marker that was read with it."""
+
+    def __init__(self, by_path: Mapping[str, StoredObject], marker: Provenance | None, marker_generation: int) -> None:
+        self.by_path = by_path
+        self.marker = marker
+        self.marker_generation = marker_generation
+
+    def incoming(self, file: ModelFile) -> StoredObject | None:
+        """The object under the file's temporary name, whatever the size of the parts that made it."""
+        stem = f"{_INCOMING}{_digest(file)}."
+        return next((found for path, found in self.by_path.items() if path.startswith(stem)), None)
+
+    def proof(self, file: ModelFile) -> ProvenFile | None:
+        """The proof of a file under its final name, or under its temporary one."""
+        return proven_file(file, self.by_path.get(file.path)) or proven_file(file, self.incoming(file))
+
+
+class Place:
+    """A model path in a bucket."""
+
+    def __init__(self, storage: StorageClient, prefix: str) -> None:
+        self.storage = storage
+        self.prefix = prefix
+
+    def look(self) -> View:
+        """One listing and one read."""
+        found = self.storage.read_json(f"{self.prefix}{READY_MARKER}")
+        listing = self.storage.list_objects(self.prefix)
+        by_path = {stored.name.removeprefix(self.prefix): stored for stored in listing}
+        if found is None:
+            return View(by_path, None, 0)
+        return View(by_path, Provenance.model_validate(found[0]), found[1])
+
+    def incoming_name(self, file: ModelFile, spec: TransferSpec) -> str:
+        return f"{self.prefix}{_INCOMING}{_digest(file)}.{spec.part_bytes}"
+
+    def finish(self, pinned: PinnedModel) -> Provenance:
+        """Final names for everything that is proven, then the marker."""
+        view = self.look()
+        missing = [file.path for file in pinned.files if view.proof(file) is None]
+        if missing:
+            raise TransferFailed(
+                f"{len(missing)} of {len(pinned.files)} files are not in the bucket yet: {', '.join(missing[:5])}.",
+                where=f"gs://{self.storage.bucket_name}/{self.prefix}",
+                resolution="Rerun the transfer: it sends only these.",
+            )
+        with ThreadPoolExecutor(_MOVES_AT_ONCE) as threads:
+            proven = tuple(threads.map(lambda file: self._name_finally(file, view), pinned.files))
+        self._remove_superseded(pinned, view)
+        marker = Provenance(
+            repo_id=pinned.repo_id,
+            commit_sha=pinned.commit_sha,
+            files=proven,
+            tool_version=version("llm-rollout"),
+            finished_at=utc_now(),
+        )
+        self.storage.write_json(
+            f"{self.prefix}{READY_MARKER}", marker.model_dump(mode="json"), if_generation=view.marker_generation
+        )
+        return marker
+
+    def _name_finally(self, file: ModelFile, view: View) -> ProvenFile:
+        current = view.by_path.get(file.path)
+        proof = proven_file(file, current)
+        incoming = view.incoming(file)
+        if proof is not None:
+            if incoming is not None:
+                self.storage.delete(incoming)
+            return proof
+        assert incoming is not None, "finish() has looked for missing files"
+        name = f"{self.prefix}{file.path}"
+        try:
+            moved = self.storage.move(incoming, name, if_generation=current.generation if current else 0)
+        except AnotherWriter:
+            # If the answer to our own move was lost, the official client's retry meets that move.
+            found = self.storage.find(name)
+            if found is None or proven_file(file, found) is None:
+                raise
+            self.storage.delete(incoming)
+            moved = found
+        proof = proven_file(file, moved)
+        assert proof is not None, "a copy inside the service keeps bytes and metadata"
+        return proof
+
+    def _remove_superseded(self, pinned: PinnedModel, view: View) -> None:
+        """Files of the commit that lay here before; nothing that other people put here."""
+        wanted = {file.path for file in pinned.files}
+        for former in view.marker.files if view.marker else ():
+            found = view.by_path.get(former.path)
+            if former.path not in wanted and found is not None and found.generation == former.generation:
+                self.storage.delete(found)
+
+
+class _Run:
+    """One call of `publish_weights` or `publish_shard`."""
+
+    def __init__(self, pinned: PinnedModel, target: Target, spec: TransferSpec, token: str | None) -> None:
+        self.pinned = pinned
+        self.target = target
+        self.spec = spec
+        self.place = Place(StorageClient(target), target.weights_prefix(pinned.repo_id, pinned.commit_sha))
+        self._pool = HttpPool(stall_timeout_s=spec.stall_timeout_s)
+        self._hub = HubClient(target.hub_endpoint, token, pool=self._pool)
+        self._jobs: tuple[Job, ...] = ()
+        self._removed: tuple[Change, ...] = ()
+
+    def move(
+        self, files: Sequence[ModelFile], on_progress: OnProgress, claim: Claim, *, sweep: bool
+    ) -> tuple[FileReport, ...]:
+        """Bring files into the bucket under their temporary names, unless they are there already.
+
+        Args:
+            sweep: remove what earlier runs left and this one cannot use. A shard leaves that alone: it may belong to
+                another shard.
+        """
+        started_at = time.monotonic()
+        uploader = Uploader(self.place.storage, self._pool)
+        view = self.place.look()
+        proofs = {file.path: proof for file in files if (proof := view.proof(file)) is not None}
+        # Large files first: the small ones fill the gaps at the end.
+        todo = sorted((file for file in files if file.path not in proofs), key=lambda file: -file.size_bytes)
+        try:
+            unfinished = _uploads(uploader, f"{self.place.prefix}{_INCOMING}")
+            if sweep:
+                self._removed = self._sweep(uploader, view, unfinished)
+            self._jobs = tuple(self._make_jobs(todo, view, uploader, unfinished))
+            found_bytes = sum(proof.size_bytes for proof in proofs.values())
+
+            def tick() -> None:
+                claim.renew_if_due()
+                on_progress(progress_of(self._jobs, found_bytes, len(proofs), started_at))
+
+            if self._jobs:
+                Mover(self.place.storage, uploader, self.spec, self._jobs).run(tick, self._pool.close)
+            tick()
+        finally:
+            self._pool.close()
+        moved = {job.file.path: self._file_report(job) for job in self._jobs}
+        return tuple(moved.get(file.path) or self.found_report(proofs[file.path]) for file in files)
+
+    def report(
+        self,
+        files: tuple[FileReport, ...],
+        status: StepStatus,
+        started_at: float,
+        *,
+        shard: str = "",
+    ) -> TransferReport:
+        return TransferReport(
+            repo_id=self.pinned.repo_id,
+            commit_sha=self.pinned.commit_sha,
+            uri=self.target.weights_uri(self.pinned.repo_id, self.pinned.commit_sha),
+            route=self.spec.route,
+            status=status,
+            files=files,
+            seconds=time.monotonic() - started_at,
+            bytes_received=sum(job.bytes_received for job in self._jobs),
+            bytes_sent=sum(job.bytes_sent for job in self._jobs),
+            requests=self._pool.requests + self.place.storage.requests,
+            retries=sum(job.retries for job in self._jobs),
+            leftovers_removed=len(self._removed),
+            shard=shard,
+        )
+
+    def _sweep(self, uploader: Uploader, view: View, unfinished: Iterable[Upload]) -> tuple[Change, ...]:
+        """Remove what is of no use: of other files, uploads in other parts, second uploads of the same file."""
+        digests = {_digest(file) for file in self.pinned.files}
+        objects = [
+            stored
+            for path, stored in view.by_path.items()
+            if path.startswith(_INCOMING) and path.removeprefix(_INCOMING).partition(".")[0] not in digests
+        ]
+        useful = set(_first_by_name(unfinished).values())
+        names = {self.place.incoming_name(file, self.spec) for file in self.pinned.files}
+        uploads = [upload for upload in unfinished if upload not in useful or upload.name not in names]
+        return _remove(self.place.storage, uploader, objects, uploads)
+
+    def _make_jobs(
+        self, files: Sequence[ModelFile], view: View, uploader: Uploader, unfinished: Iterable[Upload]
+    ) -> Iterable[Job]:
+        uploads = _first_by_name(unfinished)
+        sources = self._sources(files)
+        for file in files:
+            name = self.place.incoming_name(file, self.spec)
+            upload = uploads.get(name)
+            arrived = with_retries(partial(_parts, uploader, upload), attempts=_ATTEMPTS) if upload else ()
+            yield Job(
+                file,
+                sources[file.path],
+                name,
+                part_bytes=self.spec.part_bytes,
+                metadata=content_metadata(file),
+                upload=upload,
+                arrived=arrived,
+                # Complete, but its process died before the proof.
+                assembled=view.by_path.get(name.removeprefix(self.place.prefix)),
+            )
+
+    def _sources(self, files: Sequence[ModelFile]) -> Mapping[str, ByteSource]:
+        if self.spec.route is Route.STREAM:
+            return {file.path: self._hub.open(self.pinned, file) for file in files}
+        folder = stage_files(self.pinned, files, self._hub, self.spec)
+        return {file.path: DiskFile(folder / file.path) for file in files}
+
+    def _file_report(self, job: Job) -> FileReport:
+        assert job.stored is not None, "the mover ends only when every file is proven"
+        return FileReport(
+            path=job.file.path,
+            size_bytes=job.file.size_bytes,
+            sha256=job.sha256,
+            crc32c=job.stored.crc32c_hex,
+            generation=job.stored.generation,
+            source=Source.DISK if self.spec.route is Route.STAGE else Source.HUB,
+            route=self.spec.route,
+            seconds=job.seconds,
+            retries=job.retries,
+            bytes_sent=job.bytes_sent,
+        )
+
+    def found_report(self, proof: ProvenFile) -> FileReport:
+        return FileReport(**proof.model_dump(), source=Source.BUCKET, route=self.spec.route, seconds=0.0)
+
+
+def _unchanged(run: _Run, marker: Provenance, started_at: float) -> TransferReport:
+    proven = {file.path: file for file in marker.files}
+    files = tuple(run.found_report(proven[file.path]) for file in run.pinned.files)
+    return run.report(files, StepStatus.UNCHANGED, started_at)
+
+
+def _first_by_name(uploads: Iterable[Upload]) -> dict[str, Upload]:
+    """Of several uploads for one name the oldest, which has most."""
+    found: dict[str, Upload] = {}
+    for upload in uploads:
+        found.setdefault(upload.name, upload)
+    return found
+
+
+def _parts(uploader: Uploader, upload: Upload) -> list[ArrivedPart]:
+    return list(uploader.parts(upload))
+
+
+def _digest(file: ModelFile) -> str:
+    """Equal for equal content under an equal name: a later run finds what this one began."""
+    return content_digest([file.path, content_of(file), file.size_bytes], 32)
+
+
+def _is_temporary(name: str) -> bool:
+    """Whether an object is one of ours that a finished transfer does not leave behind."""
+    path = f"/{name}"
+    return f"/{RESERVED_FOLDER}" in path and not path.endswith(f"/{READY_MARKER}")
+
+
+def _leftovers(target: Target, prefix: str, *, remove: bool) -> tuple[Change, ...]:
+    storage = StorageClient(target)
+    pool = HttpPool(stall_timeout_s=TransferSpec().stall_timeout_s)
+    try:
+        uploader = Uploader(storage, pool)
+        objects = [stored for stored in storage.list_objects(prefix) if _is_temporary(stored.name)]
+        uploads = [upload for upload in _uploads(uploader, prefix) if _is_temporary(upload.name)]
+        if remove:
+            return _remove(storage, uploader, objects, uploads)
+    finally:
+        pool.close()
+    return (
+        *(_change(storage, Action.UNCHANGED, "Object", stored.name) for stored in objects),
+        *(_change(storage, Action.UNCHANGED, "MultipartUpload", upload.name) for upload in uploads),
+    )
+
+
+def _uploads(uploader: Uploader, prefix: str) -> list[Upload]:
+    return with_retries(lambda: list(uploader.uploads(prefix)), attempts=_ATTEMPTS)
+
+
+def _remove(
+    storage: StorageClient, uploader: Uploader, objects: Iterable[StoredObject], uploads: Iterable[Upload]
+) -> tuple[Change, ...]:
+    changes = [_change(storage, Action.DELETED, "Object", stored.name) for stored in objects if storage.delete(stored)]
+    for upload in uploads:
+        with_retries(partial(uploader.abort, upload), attempts=_ATTEMPTS)
+        changes.append(_change(storage, Action.DELETED, "MultipartUpload", upload.name))
+    return tuple(changes)
+
+
+def _change(storage: StorageClient, action: Action, kind: str, name: str) -> Change:
+    return Change(action=action, kind=kind, name=f"gs://{storage.bucket_name}/{name}")
