@@ -427,7 +427,10 @@ _GKE_METADATA = types.WorkloadMetadataConfig(mode=types.WorkloadMetadataConfig.M
 
 
 def gpu_node_pool(pool: NodePool) -> types.NodePool:
-    """A GPU node pool that scales between the target's bounds, with GKE installing the driver."""
+    """A GPU node pool that scales between the target's bounds, with GKE installing the driver.
+
+    It begins empty: `initial_node_count` counts per zone, so one node would be three idle ones in a regional cluster.
+    """
     accelerator = types.AcceleratorConfig(
         accelerator_type=pool.accelerator,
         accelerator_count=pool.accelerator_count,
@@ -437,7 +440,7 @@ def gpu_node_pool(pool: NodePool) -> types.NodePool:
     )
     return types.NodePool(
         name=pool.name,
-        initial_node_count=pool.min_nodes,
+        initial_node_count=0,
         autoscaling=types.NodePoolAutoscaling(
             enabled=True, total_min_node_count=pool.min_nodes, total_max_node_count=pool.max_nodes
         ),

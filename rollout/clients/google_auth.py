@@ -106,9 +106,9 @@ class RestApi:
             response = self._session.request(
                 method, f"{self._base}{path}", params=query, json=body, timeout=REQUEST_TIMEOUT_S
             )
-        if not response.ok:
-            raise error_of_response(response, path)
-        answer: dict[str, Any] = response.json()
+            if not response.ok:
+                raise error_of_response(response, path)
+            answer: dict[str, Any] = response.json()
         return answer
 
 
@@ -122,9 +122,10 @@ def google_errors(where: str) -> Iterator[None]:
             raise error_of_response(error.response, where) from error
         raise _classify(int(error.code or 0), error.message or str(error), (), where) from error
     except RefreshError as error:
-        raise BadInput(
-            f"the Google credentials are not accepted: {error}", where=where, resolution=LOGIN_HINT
-        ) from error
+        problem = f"the Google credentials are not accepted: {error}"
+        if error.retryable:
+            raise TransientError(problem, where=where, resolution="It is worth another try.") from error
+        raise BadInput(problem, where=where, resolution=LOGIN_HINT) from error
     except (TransportError, RetryError, requests.ConnectionError, requests.Timeout) as error:
         raise TransientError(
             f"no answer: {error}", where=where, resolution="Check the network and the endpoint."

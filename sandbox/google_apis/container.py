@@ -173,7 +173,7 @@ class Container:
         if not pools and asked.get("initialNodeCount", 0) < 1:
             raise ApiError("INVALID_ARGUMENT", "Cluster.initial_node_count must be greater than zero.")
         for one in pools:
-            self._validate_pool(one)
+            self._validate_pool(one, {"locations": self._zones_of(location)})
 
     def _new_cluster(self, asked: Json, location: str) -> Json:
         autopilot = bool(asked.get("autopilot", {}).get("enabled"))
@@ -211,7 +211,7 @@ class Container:
             "initialClusterVersion": version,
             "labelFingerprint": _fingerprint(cluster["resourceLabels"]),
             "location": location,
-            "locations": list(self._cloud.zones) if location == self._cloud.region else [location],
+            "locations": self._zones_of(location),
             "nodePools": [self._new_pool(pool, version) | {"status": "RUNNING"} for pool in pools],
             "status": "PROVISIONING",
             "zone": location,
@@ -270,7 +270,7 @@ class Container:
     def _shown(self, key: str) -> Any:
         """The cluster as the API shows it: the endpoint and the CA appear with the control plane."""
         stored = self._cloud.store.data["clusters"][key]
-        nodes = sum(pool.get("initialNodeCount", 0) for pool in stored["nodePools"])
+        nodes = sum(_node_count(pool, stored) for pool in stored["nodePools"])
         shown = stored | {"currentNodeCount": nodes, "selfLink": self._link(key)}
         if stored["status"] != "PROVISIONING" and self.kubernetes_endpoint:
             # A bare host, as GKE answers; a port may follow because loopback has but one 443.
@@ -284,6 +284,8 @@ class Container:
     def register_node_pool(self, key: str, pool: Json) -> None:
         """Add a running pool, as node auto-creation does; one of that name is replaced."""
         cluster = self._cloud.store.data["clusters"][key]
+        # An auto-created pool stands in one zone, where the pod can run.
+        pool = {"locations": [self._cloud.zones[0]]} | pool
         made = self._new_pool(pool, cluster["currentNodeVersion"]) | {"status": "RUNNING"}
         cluster["nodePools"] = [one for one in cluster["nodePools"] if one["name"] != pool["name"]] + [made]
 
@@ -302,13 +304,13 @@ class Container:
             raise ApiError("INVALID_ARGUMENT", "Autopilot node pools cannot be accessed or modified.")
         if any(one["name"] == pool.get("name") for one in cluster["nodePools"]):
             raise ApiError("ALREADY_EXISTS", f"Already exists: {self._name(key)}/nodePools/{pool['name']}.")
-        self._validate_pool(pool)
+        self._validate_pool(pool, cluster)
         self._require_running(key)
         made = self._new_pool(pool, cluster["currentNodeVersion"]) | {"status": "PROVISIONING"}
         cluster["nodePools"].append(made)
         return self._start("CREATE_NODE_POOL", key, self._cloud.delays.node_pool_s, pool=pool["name"])
 
-    def _validate_pool(self, pool: Json) -> None:
+    def _validate_pool(self, pool: Json, cluster: Json) -> None:
         if not _CLUSTER_NAME.fullmatch(pool.get("name", "")):
             raise bad_request("node_pool.name", f'Invalid value for field "node_pool.name": "{pool.get("name", "")}".')
         config = pool.get("config", {})
@@ -328,7 +330,7 @@ class Container:
                     "INVALID_ARGUMENT",
                     f"[{machine.name}] is not compatible with guest accelerators {count} x {kind}.",
                 )
-            self._require_quota(kind, count * pool.get("initialNodeCount", 0), spot=bool(config.get("spot")))
+            self._require_quota(kind, count * _node_count(pool, cluster), spot=bool(config.get("spot")))
 
     def _require_quota(self, accelerator: str, wanted: int, *, spot: bool) -> None:
         metric = ("PREEMPTIBLE_" if spot else "") + ACCELERATORS[accelerator][2]
@@ -352,7 +354,7 @@ class Container:
                 for accelerator in pool["config"].get("accelerators", []):
                     prefix = "PREEMPTIBLE_" if pool["config"].get("spot") else ""
                     metric = prefix + ACCELERATORS[accelerator["acceleratorType"]][2]
-                    gpus = int(accelerator["acceleratorCount"]) * pool.get("initialNodeCount", 0)
+                    gpus = int(accelerator["acceleratorCount"]) * _node_count(pool, cluster)
                     usage[metric] = usage.get(metric, 0.0) + gpus
         return usage
 
@@ -527,6 +529,9 @@ class Container:
         if status != "RUNNING":
             raise ApiError("FAILED_PRECONDITION", f"Cluster {key.partition('/')[2]} is not running: {status}.")
 
+    def _zones_of(self, location: str) -> list[str]:
+        return list(self._cloud.zones) if location == self._cloud.region else [location]
+
     def _scope(self, location: str) -> str:
         return f"locations/{location}" if location == self._cloud.region else f"zones/{location}"
 
@@ -535,10 +540,15 @@ class Container:
         return f"projects/{self._cloud.project}/{self._scope(location)}/clusters/{name}"
 
     def _link(self, key: str, *, by_number: bool = False) -> str:
-        name = self._name(key)
-        if by_number:
-            name = name.replace(self._cloud.project, self._cloud.project_number, 1)
-        return f"{self._cloud.address('container')}/v1/{name}"
+        below_project = self._name(key).removeprefix(f"projects/{self._cloud.project}")
+        project = self._cloud.project_number if by_number else self._cloud.project
+        return f"{self._cloud.address('container')}/v1/projects/{project}{below_project}"
+
+
+def _node_count(pool: Json, cluster: Json) -> int:
+    """Nodes of a pool: GKE counts `initialNodeCount` per zone."""
+    zones = pool.get("locations") or cluster["locations"]
+    return int(pool.get("initialNodeCount", 0)) * len(zones)
 
 
 def _fingerprint(labels: Json) -> str:

@@ -105,7 +105,7 @@ class GoogleApisServer(LoopbackServer):
 
     # --- what other stand-ins and tests ask and set -----------------------------------------------------------------
 
-    def connect_kubernetes(self, endpoint: str, ca_pem: str) -> None:
+    def connect_cluster(self, endpoint: str, ca_pem: str) -> None:
         """What clusters answer from now on as `endpoint` (`127.0.0.1:PORT`) and `masterAuth.clusterCaCertificate`."""
         self._container.kubernetes_endpoint = endpoint
         self._container.kubernetes_ca_pem = ca_pem

@@ -24,7 +24,7 @@ def serve_google_apis(tmp_path: Path) -> Iterator[GoogleApisMaker]:
         at_once = Delays(
             cluster_creation_s=0.0, cluster_change_s=0.0, node_pool_s=0.0, api_enable_s=0.0, iam_propagation_s=0.0
         )
-        settings = {"universe_domain": "s3nsapis.fr", "delays": at_once} | options
+        settings: dict[str, Any] = {"universe_domain": "s3nsapis.fr", "delays": at_once} | options
         started.append(GoogleApisServer(root=tmp_path / "google", **settings).start())
         return started[-1]
 

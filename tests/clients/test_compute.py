@@ -10,7 +10,7 @@ from rollout.accelerators import ACCELERATORS
 from rollout.clients.compute import Compute, Disk, Quota
 from rollout.clients.gke import Gke
 from rollout.errors import NotFound, PermissionMissing
-from rollout.target import Cluster, ClusterMode, NodePool, Target
+from rollout.target import Target
 from sandbox.google_apis import GoogleApisServer
 
 H100 = ACCELERATORS["nvidia-h100-80gb"]
@@ -21,12 +21,13 @@ def test_the_region_offers_its_accelerators_by_zone(google_target: Target) -> No
     assert Compute(google_target).accelerators()[H100.name] == ZONES
 
 
-def test_quota_counts_the_gpus_in_use(google_apis: GoogleApisServer, target_for: Callable[..., Target]) -> None:
-    pool = NodePool(machine_type="a3-highgpu-8g", accelerator_count=8, min_nodes=1)
-    target = target_for(google_apis, cluster=Cluster(mode=ClusterMode.STANDARD, node_pool=pool))
-    Gke(target).ensure()
+def test_quota_counts_the_gpus_in_use(google_target: Target, google_apis: GoogleApisServer) -> None:
+    Gke(google_target).ensure()
+    gpus = [{"acceleratorType": H100.name, "acceleratorCount": "8"}]
+    pool = {"name": "nap-a3", "initialNodeCount": 1, "config": {"machineType": "a3-highgpu-8g", "accelerators": gpus}}
+    google_apis.register_node_pool("llm-serving", pool)
 
-    quota = Compute(target).quotas()[H100.quota_metric]
+    quota = Compute(google_target).quotas()[H100.quota_metric]
 
     assert quota == Quota(metric="NVIDIA_H100_GPUS", limit=16, usage=8)
     assert quota.free == 8

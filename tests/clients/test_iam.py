@@ -41,7 +41,8 @@ CONDITIONAL = {
     "members": ["user:somebody@example.com"],
     "condition": {"title": "until", "expression": "request.time < timestamp('2030-01-01T00:00:00Z')"},
 }
-OTHERS = {"role": "roles/storage.objectAdmin", "members": ["user:somebody@example.com"]}
+OBJECT_ADMIN = "roles/storage.objectAdmin"
+OTHERS = {"role": OBJECT_ADMIN, "members": ["user:somebody@example.com"]}
 
 
 @pytest.fixture
@@ -235,12 +236,12 @@ def test_adding_and_removing_a_member_keeps_everything_else_of_a_policy() -> Non
     audit = [{"service": "allServices"}]
     policy = {"version": 3, "etag": "e", "bindings": [CONDITIONAL, OTHERS], "auditConfigs": audit}
 
-    added = with_member(policy, OTHERS["role"], "user:me@example.com")
+    added = with_member(policy, OBJECT_ADMIN, "user:me@example.com")
 
     assert added == policy | {
         "bindings": [CONDITIONAL, OTHERS | {"members": ["user:somebody@example.com", "user:me@example.com"]}]
     }
-    assert without_member(added, OTHERS["role"], "user:me@example.com") == policy
+    assert without_member(added, OBJECT_ADMIN, "user:me@example.com") == policy
     assert without_member(policy, OBJECT_VIEWER, "user:somebody@example.com") is None
 
 

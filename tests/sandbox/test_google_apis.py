@@ -561,7 +561,7 @@ def test_a_cluster_is_made_by_an_operation_with_stages(serve: ServerMaker) -> No
 
 def test_a_finished_cluster_has_what_connects_to_it(serve: ServerMaker) -> None:
     api = serve()
-    api.server.connect_kubernetes("127.0.0.1:6443", "PEM")
+    api.server.connect_cluster("127.0.0.1:6443", "PEM")
 
     operation = api("POST", CLUSTERS, AUTOPILOT).json()
     done = api("GET", f"{LOCATION}/operations/{operation['name']}").json()
@@ -619,7 +619,7 @@ def test_an_autopilot_cluster_lets_nobody_touch_its_node_pools(api: Api) -> None
 def gpu_pool(nodes: int) -> dict[str, Any]:
     accelerators = [{"acceleratorType": "nvidia-h100-80gb", "acceleratorCount": "8"}]
     config = {"machineType": "a3-highgpu-8g", "accelerators": accelerators}
-    return {"nodePool": {"name": "gpu", "initialNodeCount": nodes, "config": config}}
+    return {"nodePool": {"name": "gpu", "initialNodeCount": nodes, "locations": [f"{REGION}-a"], "config": config}}
 
 
 def test_gpu_node_pools_count_against_the_regions_quota(serve: ServerMaker) -> None:
@@ -635,6 +635,12 @@ def test_gpu_node_pools_count_against_the_regions_quota(serve: ServerMaker) -> N
     assert made["operationType"] == "CREATE_NODE_POOL"
     assert {"metric": "NVIDIA_H100_GPUS", "limit": 16, "usage": 8.0} in region["quotas"]
     assert api("GET", f"{CLUSTERS}/llm/nodePools/gpu").json()["status"] == "RUNNING"
+
+
+def test_a_regional_pool_has_its_nodes_in_every_zone(api: Api) -> None:
+    api.create_cluster({"cluster": {"name": "llm", "initialNodeCount": 2}})
+
+    assert api("GET", f"{CLUSTERS}/llm").json()["currentNodeCount"] == 6
 
 
 def test_updates_come_one_at_a_time_except_for_observability(api: Api) -> None:
@@ -731,7 +737,7 @@ def test_a_grant_is_in_force_only_after_it_has_propagated(api: Api) -> None:
 
 
 def test_the_official_clients_work_against_it(api: Api) -> None:
-    options = {
+    options: dict[str, Any] = {
         "credentials": AnonymousCredentials(),
         "client_options": ClientOptions(api_endpoint=api.server.url),
         "transport": "rest",
