@@ -28,6 +28,8 @@ _CLUSTER_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _CREATE_STAGES = (("CLUSTER_CONFIGURING", 8), ("CLUSTER_DEPLOYING", 12), ("CLUSTER_HEALTHCHECKING", 2))
 """Progress metrics of a cluster's creation, each with its total; the last one stops one short, as the real one does."""
 
+_VERSIONS = tuple(version for channel in CHANNEL_VERSIONS.values() for version in channel)
+
 _UPDATES = {
     "desiredLoggingConfig": "loggingConfig",
     "desiredMonitoringConfig": "monitoringConfig",
@@ -37,6 +39,9 @@ _UPDATES = {
 }
 _ONE_UPDATE = frozenset({"desiredLoggingConfig", "desiredMonitoringConfig"})
 """What may come in one request; everything else comes alone."""
+
+_CANCELLED, _RESOURCE_EXHAUSTED = 1, 8
+"""Codes of google.rpc.Code that operations end with."""
 
 _BUSY = {
     "CREATE_CLUSTER": "creating",
@@ -108,7 +113,7 @@ class Container:
         operation["ended"] = operation["due"]
         key, pool = operation["cluster"], operation.get("pool")
         if operation["failure"]:
-            operation["error"] = {"code": 8, "message": operation["failure"]}
+            operation["error"] = {"code": operation["failure_code"], "message": operation["failure"]}
             self._mark_failed(operation)
         elif operation["type"] == "DELETE_CLUSTER":
             clusters.pop(key, None)
@@ -137,7 +142,7 @@ class Container:
 
     # --- clusters -------------------------------------------------------------------------------------------------
 
-    def _create(self, call: Call) -> Json | Any:
+    def _create(self, call: Call) -> Any:
         request = container_v1.CreateClusterRequest.pb(container_v1.CreateClusterRequest())
         asked = json_format.MessageToDict(call.parse(request).cluster)
         location = self._location(call)
@@ -163,6 +168,9 @@ class Container:
                 "INVALID_ARGUMENT",
                 f'Invalid value for workload_pool: "{pool}". The only valid value is "{self._cloud.workload_pool}".',
             )
+        wanted_version = asked.get("initialClusterVersion")
+        if wanted_version and wanted_version not in _VERSIONS:
+            raise ApiError("INVALID_ARGUMENT", f'No valid versions with the prefix "{wanted_version}" found.')
         if asked.get("autopilot", {}).get("enabled"):
             if location != self._cloud.region:
                 raise ApiError("INVALID_ARGUMENT", "Autopilot clusters must be regional clusters.")
@@ -173,12 +181,13 @@ class Container:
         if not pools and asked.get("initialNodeCount", 0) < 1:
             raise ApiError("INVALID_ARGUMENT", "Cluster.initial_node_count must be greater than zero.")
         for one in pools:
-            self._validate_pool(one, {"locations": self._zones_of(location)})
+            self._validate_pool(one, {"locations": asked.get("locations") or self._zones_of(location)})
 
     def _new_cluster(self, asked: Json, location: str) -> Json:
         autopilot = bool(asked.get("autopilot", {}).get("enabled"))
         channel = asked.get("releaseChannel", {}).get("channel", "REGULAR")
-        version = CHANNEL_VERSIONS.get(channel, CHANNEL_VERSIONS["REGULAR"])[0]
+        newest = CHANNEL_VERSIONS.get(channel, CHANNEL_VERSIONS["REGULAR"])[0]
+        version = asked.get("initialClusterVersion", newest)
         default_pool = {"name": "default-pool", "initialNodeCount": asked.get("initialNodeCount", 1)}
         pools = asked.get("nodePools") or [default_pool]
         enabled_when_autopilot = {"enabled": True} if autopilot else {}
@@ -211,7 +220,7 @@ class Container:
             "initialClusterVersion": version,
             "labelFingerprint": _fingerprint(cluster["resourceLabels"]),
             "location": location,
-            "locations": self._zones_of(location),
+            "locations": asked.get("locations") or self._zones_of(location),
             "nodePools": [self._new_pool(pool, version) | {"status": "RUNNING"} for pool in pools],
             "status": "PROVISIONING",
             "zone": location,
@@ -417,6 +426,7 @@ class Container:
             "status": "RUNNING",
             "changes": changes or {},
             "failure": self.next_failure,
+            "failure_code": _RESOURCE_EXHAUSTED,
         }
         self.next_failure = None
         self._cloud.store.data["container_operations"][name] = operation
@@ -436,7 +446,8 @@ class Container:
         operation = self._operation(call)
         if operation["status"] == "DONE":
             raise ApiError("FAILED_PRECONDITION", f"Operation {operation['name']} is already done.")
-        operation |= {"status": "ABORTING", "failure": "Operation was cancelled.", "due": self._cloud.now()}
+        operation |= {"status": "ABORTING", "failure": "Operation was cancelled.", "failure_code": _CANCELLED}
+        operation["due"] = self._cloud.now()
         return {}
 
     def _operation(self, call: Call) -> Json:
@@ -484,7 +495,6 @@ class Container:
 
     def _server_config(self, call: Call) -> Any:
         self._location(call)
-        versions = [version for channel in CHANNEL_VERSIONS.values() for version in channel]
         channels = [
             {"channel": name, "defaultVersion": valid[0], "validVersions": list(valid)}
             for name, valid in CHANNEL_VERSIONS.items()
@@ -494,8 +504,8 @@ class Container:
             "defaultClusterVersion": CHANNEL_VERSIONS["REGULAR"][0],
             "defaultImageType": "COS_CONTAINERD",
             "validImageTypes": ["COS_CONTAINERD", "UBUNTU_CONTAINERD"],
-            "validMasterVersions": versions,
-            "validNodeVersions": versions,
+            "validMasterVersions": list(_VERSIONS),
+            "validNodeVersions": list(_VERSIONS),
         }
         return json_format.ParseDict(config, container_v1.ServerConfig.pb(container_v1.ServerConfig()))
 

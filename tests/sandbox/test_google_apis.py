@@ -342,6 +342,13 @@ CONTRACT: dict[str, tuple[str, str, Any, int, Any]] = {
         400,
         {"error": {"message": "Cluster.initial_node_count must be greater than zero."}},
     ),
+    "a version that GKE does not offer": (
+        "POST",
+        CLUSTERS,
+        {"cluster": {"name": "llm", "initialNodeCount": 1, "initialClusterVersion": "1.9"}},
+        400,
+        {"error": {"message": 'No valid versions with the prefix "1.9" found.'}},
+    ),
     "another project's workload pool": (
         "POST",
         CLUSTERS,
@@ -604,7 +611,7 @@ def test_a_cancelled_operation_is_aborted(serve: ServerMaker) -> None:
     assert api("POST", f"{LOCATION}/operations/{name}:cancel", {}).json() == {}
 
     done = api("GET", f"{LOCATION}/operations/{name}").json()
-    assert (done["status"], done["error"]["message"]) == ("DONE", "Operation was cancelled.")
+    assert (done["status"], done["error"]) == ("DONE", {"code": 1, "message": "Operation was cancelled."})
     assert api("GET", f"{CLUSTERS}/llm").json()["status"] == "ERROR"
 
 
