@@ -259,7 +259,7 @@ def _telling_states(container: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]
     """How the container is, and how it ended last unless it runs again: a restart may have healed it."""
     state = container.get("state") or {}
     ended = (container.get("lastState") or {}).get("terminated")
-    if ended and (not state.get("running") or ended.get("reason") == "OOMKilled"):
+    if ended and (state.get("running") is None or ended.get("reason") == "OOMKilled"):
         yield ended
     yield from (value for value in state.values() if value)
 
@@ -387,9 +387,7 @@ def _fit_gpu(_: re.Match[str], observation: StartupObservation) -> str:
 
 
 def _model_limit(match: re.Match[str], _: StartupObservation) -> str:
-    return (
-        f"The model's config.json allows {float(match['limit']):.0f} tokens: set serving.max_model_len to at most that."
-    )
+    return f"Set serving.max_model_len to at most {float(match['limit']):.0f}: that is the limit in its config.json."
 
 
 def _correct_flag(match: re.Match[str], _: StartupObservation) -> str:
@@ -697,6 +695,14 @@ _RULES: tuple[_Rule, ...] = (
         "A rerun applies it; if it is not ours, create it or drop the reference from serving.env.",
     ),
     _rule(
+        Category.COMPUTE_CLASS_MISSING,
+        "event pod client",
+        r"(?:[Cc]ompute ?class \S* ?(?:not found|does not exist|is not available)"
+        r"|computeclasses\S* \"[^\"]+\" not found|with existing custom compute class)",
+        "The compute class that the pod selects does not exist.",
+        _compute_class_advice,
+    ),
+    _rule(
         Category.AUTOPILOT_LIMIT,
         "event client",
         r"(?:GKE Warden rejected the request|denied by autogke-[\w-]+|higher than the Autopilot maximum)",
@@ -741,14 +747,6 @@ _RULES: tuple[_Rule, ...] = (
         r"|stockout)",
         "Google has no such machine free at this moment.",
         _other_capacity,
-    ),
-    _rule(
-        Category.COMPUTE_CLASS_MISSING,
-        "event pod client",
-        r"(?:[Cc]ompute ?class \S* ?(?:not found|does not exist|is not available)"
-        r"|computeclasses\S* \"[^\"]+\" not found|with existing custom compute class)",
-        "The compute class that the pod selects does not exist.",
-        _compute_class_advice,
     ),
     _rule(
         Category.NO_GPU_NODE,
