@@ -177,7 +177,9 @@ class Gke:
             found = None
         if found is None:
             created = self._create(labels or {}, follow)
-        follow.running_on(self._name)
+        elif found.status == types.Cluster.Status.PROVISIONING:
+            follow.running_on(self._name)
+        # Nothing else is awaited: a cluster serves while GKE upgrades its nodes, which can take hours.
         cluster = self.get()
         if cluster is None or cluster.status not in ("RUNNING", "RECONCILING"):
             state = "absent" if cluster is None else cluster.status
@@ -190,17 +192,25 @@ class Gke:
     def ensure_node_pool(
         self, *, timeout_s: float = CLUSTER_TIMEOUT_S, on_progress: OnProgress = ignore_progress
     ) -> Change | None:
-        """The target's GPU node pool on a Standard cluster; None where none is asked for or it is there."""
+        """The target's GPU node pool on a Standard cluster; None where none is asked for or it is there.
+
+        One that is being made, e.g. by a run that was killed, is awaited.
+        """
         pool = self._wanted.node_pool
         if pool is None or self._wanted.mode is ClusterMode.AUTOPILOT:
             return None
         name = f"{self._name}/nodePools/{pool.name}"
+        follow = _Follower(self._client, self._location, timeout_s, on_progress)
         try:
             with google_errors(name):
                 operation = self._client.create_node_pool(parent=self._name, node_pool=gpu_node_pool(pool))
         except AlreadyExists:
+            with google_errors(name):
+                found = self._client.get_node_pool(name=name)
+            if found.status == types.NodePool.Status.PROVISIONING:
+                follow.running_on(self._name)
             return None
-        _Follower(self._client, self._location, timeout_s, on_progress).until_done(operation)
+        follow.until_done(operation)
         return Change(action=Action.CREATED, kind="NodePool", name=f"{self._wanted.name}/{pool.name}")
 
     def delete_node_pool(
@@ -262,14 +272,22 @@ class Gke:
     ) -> Change | None:
         """Delete the cluster and wait until it is gone; None if it was. Operations under way are awaited first."""
         follow = _Follower(self._client, self._location, timeout_s, on_progress)
-        follow.running_on(self._name)
         try:
-            with google_errors(self._name):
-                operation = self._client.delete_cluster(name=self._name)
+            operation = self._start_deletion(follow)
         except NotFound:
             return None
         follow.until_done(operation)
         return self._change(Action.DELETED, "")
+
+    def _start_deletion(self, follow: _Follower) -> types.Operation:
+        try:
+            with google_errors(self._name):
+                return self._client.delete_cluster(name=self._name)
+        except TransientError:
+            # Busy with an operation, e.g. the creation that a killed run began.
+            follow.running_on(self._name)
+            with google_errors(self._name):
+                return self._client.delete_cluster(name=self._name)
 
     def _create(self, labels: Mapping[str, str], follow: _Follower) -> bool:
         """True if it was us who made it."""
@@ -285,6 +303,7 @@ class Gke:
                 operation = self._client.create_cluster(parent=self._location, cluster=cluster)
         except AlreadyExists:
             # Somebody was faster; we wait for theirs.
+            follow.running_on(self._name)
             return False
         follow.until_done(operation)
         return True

@@ -201,6 +201,36 @@ def test_labels_are_added_to_those_that_are_there(google_target: Target) -> None
     assert (change is not None, again) == (True, None)
 
 
+def test_a_cluster_that_serves_is_not_held_up_by_other_operations(
+    serve_google_apis: ServerMaker, target_for: TargetMaker
+) -> None:
+    """GKE upgrades nodes for hours; the cluster can be used meanwhile."""
+    server = serve_google_apis(delays=Delays(cluster_creation_s=0.0, node_pool_s=1e6))
+    made_by_somebody_else(target_for(server))
+    gke = Gke(target_for(server, cluster=STANDARD))
+    with pytest.raises(DeadlineExceeded, match="CREATE_NODE_POOL"):
+        gke.ensure_node_pool(timeout_s=0.0)
+
+    cluster, _ = gke.ensure(timeout_s=0.0)
+
+    assert cluster.status == "RUNNING"
+
+
+def test_a_node_pool_that_is_being_made_is_awaited(serve_google_apis: ServerMaker, target_for: TargetMaker) -> None:
+    server = serve_google_apis(delays=Delays(cluster_creation_s=0.0, node_pool_s=60.0))
+    clock = SteppedClock(server)
+    made_by_somebody_else(target_for(server))
+    gke = Gke(target_for(server, cluster=STANDARD))
+    with pytest.raises(DeadlineExceeded):
+        gke.ensure_node_pool(timeout_s=0.0)
+
+    assert gke.ensure_node_pool(on_progress=clock.show) is None
+
+    found = gke.get()
+    assert found is not None
+    assert [pool.status for pool in found.node_pools] == ["RUNNING", "RUNNING"]
+
+
 def test_a_node_pool_is_made_once_and_deleted_once(google_apis: GoogleApisServer, target_for: TargetMaker) -> None:
     gke = Gke(target_for(google_apis, cluster=STANDARD))
     made_by_somebody_else(target_for(google_apis))
