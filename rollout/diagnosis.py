@@ -116,6 +116,8 @@ class StartupObservation:
     weights_uri: str = ""
     """Where the weights are: the path that `--model` should have."""
     weights_bytes: int = 0
+    missing_compute_class: str = ""
+    """A ComputeClass that the pods select and that does not exist: no message of Kubernetes says so."""
 
 
 class _Source(StrEnum):
@@ -193,6 +195,8 @@ def _evidence(observation: StartupObservation) -> Iterator[_Evidence]:
         where = f"pod {pod['metadata']['name']}"
         for text in _pod_statements(pod, observation.events):
             yield _Evidence(_Source.POD, where, text)
+    if observation.missing_compute_class:
+        yield _Evidence(_Source.POD, "cluster", f"compute class {observation.missing_compute_class} does not exist")
     for name, log in observation.logs.items():
         yield _Evidence(_Source.LOG, f"log of {name}", log)
     for message in observation.client_errors:

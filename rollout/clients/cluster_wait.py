@@ -19,7 +19,7 @@ from typing import Any
 
 from rollout.clients.cluster_api import ClusterApi, Snapshot, Update
 from rollout.diagnosis import Category, Diagnosis, StartupObservation, container_statuses, diagnose, restarts
-from rollout.errors import DeadlineExceeded, NotFound, RolloutError, StartupFailed, TransientError
+from rollout.errors import DeadlineExceeded, NotFound, PermissionMissing, RolloutError, StartupFailed, TransientError
 from rollout.rendering import KubernetesObject
 from rollout.values import Value
 from rollout.waterfall import TimedLine, Waterfall, read_waterfall, timed_line
@@ -30,6 +30,7 @@ LOG_TAIL_LINES = 400
 """A traceback of vLLM has about 200 lines, and each of its processes prints one."""
 MAX_RESTARTS = 3
 """A container that ended four times by the same fault is not going to start."""
+RECHECK_S = 5.0
 SETTLE_S = 1.0
 """A log line comes on another connection than the exit it explains: look again after this time before giving up."""
 
@@ -144,6 +145,8 @@ class StartupWait:
         self._faults: dict[Category, tuple[float, Diagnosis]] = {}
         self._last_message = ""
         self._last_category: Category | None = None
+        self._compute_class_asked_at = float("-inf")
+        self._compute_class_exists = True
         self._started = 0.0
         self._where = f"Deployment {namespace}/{name}"
 
@@ -231,12 +234,39 @@ class StartupWait:
         pods = self._new_pods()
         names = {item["metadata"]["name"] for item in [*pods, *self._current_replica_sets()]}
         events = [event for event in self._events() if (event.get("involvedObject") or {}).get("name") in names]
-        logs = {
-            name: "\n".join(line.text for line in lines)
-            for name, lines in self._seen.lines.items()
-            if any(pod["metadata"]["name"] == name for pod in pods)
-        }
-        return replace(self._context, pods=pods, events=events, logs=logs)
+        logs = {pod["metadata"]["name"]: text for pod in pods if (text := self._telling_log(pod))}
+        missing = self._missing_compute_class(pods)
+        return replace(self._context, pods=pods, events=events, logs=logs, missing_compute_class=missing)
+
+    def _telling_log(self, pod: KubernetesObject) -> str:
+        """The tail of a pod's log, or nothing while it runs without complaint: no need to search it for faults then."""
+        lines = self._seen.lines.get(pod["metadata"]["name"], ())
+        healthy = any((container.get("state") or {}).get("running") for container in container_statuses(pod))
+        if healthy and not any("Error" in line.text for line in lines):
+            return ""
+        return "\n".join(line.text for line in lines)
+
+    def _missing_compute_class(self, pods: Iterable[KubernetesObject]) -> str:
+        """The ComputeClass that unplaced pods select, if there is none of that name. Asked at most every RECHECK_S."""
+        for pod in pods:
+            name = (pod["spec"].get("nodeSelector") or {}).get("cloud.google.com/compute-class")
+            if not name or _condition(pod, "PodScheduled"):
+                continue
+            if time.monotonic() - self._compute_class_asked_at > RECHECK_S:
+                self._compute_class_asked_at = time.monotonic()
+                self._compute_class_exists = self._find_compute_class(name)
+            return "" if self._compute_class_exists else name
+        return ""
+
+    def _find_compute_class(self, name: str) -> bool:
+        try:
+            return (
+                self._api.find(self._api.resource("cloud.google.com/v1", "ComputeClass").path(None, name)) is not None
+            )
+        except NotFound:
+            return False
+        except PermissionMissing:
+            return True  # who may not look does not know
 
     def _report(self) -> WaitReport:
         pods = self._new_pods()

@@ -436,6 +436,18 @@ MESSAGES = [
         "Apply the ComputeClass a3-edgegpu-8g-nolssd",
     ),
     (
+        Category.COMPUTE_CLASS_MISSING,
+        dataclasses.replace(
+            pending(
+                event(
+                    "FailedScheduling", "0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector."
+                )
+            ),
+            missing_compute_class="a3-edgegpu-8g-nolssd",
+        ),
+        "kubectl get computeclasses",
+    ),
+    (
         Category.UNSCHEDULABLE,
         dataclasses.replace(
             CONTEXT,
