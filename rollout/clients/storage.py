@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,6 +23,10 @@ from rollout.clients.google_auth import client_options, credentials_for, google_
 from rollout.clients.retrying import transient
 from rollout.report import Action, Change
 from rollout.target import Target
+
+# Without this the official client asks for the bucket's metadata in a background thread, once per client: a request
+# more, and one that needs storage.buckets.get. It is read at every call, so that setting it after the import is enough.
+os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 
 MANAGED_BY = {"managed-by": "llm-rollout"}
 """Label of every bucket that we made: teardown removes no other."""
