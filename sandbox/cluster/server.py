@@ -1,0 +1,312 @@
+"""`KubernetesServer`: the whole cluster as one loopback server, with the faults that tests switch on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from aiohttp import web
+
+from sandbox.cluster import errors
+from sandbox.cluster.agent import AgentSettings, IdentityOf, NodeAgents
+from sandbox.cluster.api import Api, served_resources, too_large_resource_version
+from sandbox.cluster.controllers import (
+    ControllerManager,
+    DeploymentController,
+    GarbageCollector,
+    NamespaceController,
+    ReplicaSetController,
+)
+from sandbox.cluster.endpoints import AutoscalerController, DisruptionBudgetController, EndpointSliceController
+from sandbox.cluster.errors import ApiError
+from sandbox.cluster.events import Recorder
+from sandbox.cluster.jobs import JobController
+from sandbox.cluster.nodes import Machine, NodePlan, NodePool, NodeSettings
+from sandbox.cluster.registry import Registry, Writer
+from sandbox.cluster.resources import CRD, CUSTOM, NAMESPACE, NODE, definition
+from sandbox.cluster.scheduler import NodeRemover, Scheduler
+from sandbox.cluster.store import Store
+from sandbox.cluster.tls import make_authority
+from sandbox.server import LoopbackServer
+
+VLLM_IMAGES = (
+    "us-docker.pkg.dev/vertex-ai/vertex-vision-model-garden-dockers/pytorch-vllm-serve",
+    "docker.io/vllm/vllm-openai",
+    "vllm/vllm-openai",
+)
+"""Images that the simulated engine plays: the tutorial's, and vLLM's own."""
+
+ENGINE_COMMAND = (sys.executable, "-m", "sandbox.engine", "serve")
+CHECKOUT = Path(__file__).resolve().parents[2]
+SYSTEM_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
+_T = TypeVar("_T")
+
+
+class Faults:
+    """Misbehaviour that tests ask for; a real API server shows all of it at times."""
+
+    def __init__(self) -> None:
+        self._gone = 0
+        self._too_large = 0
+        self._unavailable = 0
+        self._lock = threading.Lock()
+
+    def answer_gone(self, times: int = 1) -> None:
+        """The next watches and lists that name a resourceVersion answer 410 Gone."""
+        self._gone = times
+
+    def answer_too_large_resource_version(self, times: int = 1) -> None:
+        """The next requests that name a resourceVersion answer 504 `Timeout: Too large resource version`."""
+        self._too_large = times
+
+    def answer_unavailable(self, times: int = 1) -> None:
+        """The next requests of any kind answer 503, as while an API server starts."""
+        self._unavailable = times
+
+    def refusal(self, path: str, query: dict[str, str]) -> ApiError | None:
+        with self._lock:
+            if self._unavailable > 0:
+                self._unavailable -= 1
+                message = "the server is currently unable to handle the request"
+                return ApiError(503, "ServiceUnavailable", message, {"retryAfterSeconds": 1})
+            wanted = query.get("resourceVersion", "")
+            if not wanted.isdigit() or int(wanted) == 0:
+                return None
+            if self._gone > 0:
+                self._gone -= 1
+                return errors.gone(f"too old resource version: {wanted} ({int(wanted) + 1000})")
+            if self._too_large > 0:
+                self._too_large -= 1
+                return too_large_resource_version(int(wanted), int(wanted) - 1)
+        return None
+
+
+class KubernetesServer(LoopbackServer):
+    """A cluster whose API server listens on a loopback port; `url` is its endpoint.
+
+    `root` holds logs and keys. `runners` maps image prefixes to commands beside (or instead of) the vLLM images, that
+    the engine plays. `identity_of` tells which IAM member a pod is. `environment` goes into every container.
+    `token` is the only accepted bearer token when it is given. Settings of nodes and agents may be changed later
+    through `nodes` and `agents_settings`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        port: int = 0,
+        tls: bool = False,
+        token: str | None = None,
+        runners: Mapping[str, Sequence[str]] | None = None,
+        identity_of: IdentityOf | None = None,
+        environment: Mapping[str, str] | None = None,
+        nodes: NodeSettings | None = None,
+        image_pull_s: float = 0.5,
+        backoff_s: float = 1.0,
+        longest_probe_period_s: float = 1.0,
+    ) -> None:
+        authority = make_authority(root / "tls") if tls else None
+        super().__init__(port=port, ssl_context=authority.context if authority is not None else None)
+        self.ca_pem = authority.ca_pem if authority is not None else ""
+        self.root = root
+        self.token = token
+        self.faults = Faults()
+        self.nodes = nodes if nodes is not None else NodeSettings()
+        self.agent_settings = AgentSettings(
+            root=root,
+            runners={**dict.fromkeys(VLLM_IMAGES, ENGINE_COMMAND), **(runners or {})},
+            identity_of=identity_of if identity_of is not None else _default_identity,
+            environment=dict(environment or {}),
+            working_directory=CHECKOUT,
+            image_pull_s=image_pull_s,
+            backoff_s=backoff_s,
+            longest_probe_period_s=longest_probe_period_s,
+        )
+        self._store: Store
+        self._registry: Registry
+        self._agents: NodeAgents
+        self._pool: NodePool
+        self._manager_task: asyncio.Task[None] | None = None
+        self._runner: web.AppRunner | None = None
+        self._site: web.TCPSite | None = None
+
+    def build_app(self) -> web.Application:
+        self._store = Store()
+        self._registry = Registry(self._store)
+        recorder = Recorder(self._store)
+        self._pool = NodePool(self._store, self.nodes)
+        self._agents = NodeAgents(self._registry, recorder, self.agent_settings)
+        manager = ControllerManager(
+            self._store,
+            [
+                EndpointSliceController(self._registry, recorder),
+                DeploymentController(self._registry, recorder),
+                ReplicaSetController(self._registry, recorder),
+                JobController(self._registry, recorder),
+                Scheduler(self._registry, recorder, self._pool),
+                NodeRemover(self._registry, recorder, self._pool),
+                AutoscalerController(self._registry, recorder),
+                DisruptionBudgetController(self._registry, recorder),
+                NamespaceController(self._registry, recorder, self.ca_pem),
+                GarbageCollector(self._registry, recorder),
+            ],
+        )
+        api = Api(self._registry, self._agents, self.faults, self.token, served_resources())
+        self._furnish()
+        app = web.Application(client_max_size=16 * 1024 * 1024)
+        app.router.add_route("*", "/{path:.*}", api.serve)
+
+        async def start(_: web.Application) -> None:
+            self._manager_task = asyncio.create_task(manager.run())
+
+        async def end_watches(_: web.Application) -> None:
+            self._store.end_watches()
+
+        async def stop(_: web.Application) -> None:
+            await self._agents.stop()
+            if self._manager_task is not None:
+                self._manager_task.cancel()
+
+        app.on_startup.append(start)
+        app.on_shutdown.append(end_watches)
+        app.on_cleanup.append(stop)
+        return app
+
+    def _furnish(self) -> None:
+        """What every cluster has from the start: the system namespaces and the definitions of custom resources."""
+        writer = Writer("kube-apiserver")
+        for name in SYSTEM_NAMESPACES:
+            self._registry.create(NAMESPACE, {"metadata": {"name": name}}, "", writer)
+        for resource in CUSTOM:
+            self._registry.create(CRD, definition(resource), "", writer)
+
+    def kubeconfig(self, path: Path) -> Path:
+        """Write a kubeconfig for this cluster, and return its path."""
+        cluster: dict[str, Any] = {"server": self.url}
+        if self.ca_pem:
+            ca_file = self.root / "tls" / "ca.crt"
+            ca_file.write_text(self.ca_pem, encoding="ascii")
+            cluster["certificate-authority"] = str(ca_file)
+        user = {"token": self.token} if self.token else {}
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "sandbox", "cluster": cluster}],
+            "users": [{"name": "sandbox", "user": user}],
+            "contexts": [{"name": "sandbox", "context": {"cluster": "sandbox", "user": "sandbox"}}],
+            "current-context": "sandbox",
+        }
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path
+
+    # For tests and the rehearsal: all of these may be called from any thread
+
+    def add_node(self, machine: Machine, compute_class: str = "") -> str:
+        """A node of a node pool made by hand (GKE Standard); returns its name."""
+
+        def add() -> str:
+            plan = NodePlan(machine, compute_class)
+            node = self._registry.create(NODE, self._pool.create(plan), "", Writer("gke"))
+            name: str = node["metadata"]["name"]
+            return name
+
+        return self._in_loop(add)
+
+    def host_port(self, namespace: str, pod: str, port: int) -> int | None:
+        """The loopback port that stands for a container's port; None when nothing listens there."""
+        from sandbox.cluster.resources import POD
+
+        return self._in_loop(lambda: self._agents.host_port(self._registry.get(POD, namespace, pod), port))
+
+    def drop_watches(self) -> None:
+        """End every running watch without a word, as a load balancer or a restarted API server does."""
+        self._in_loop(self._store.end_watches)
+
+    def expire_watches(self) -> None:
+        """End every running watch with 410 Gone, and forget the history before now."""
+        error = errors.gone("too old resource version: 1 (2)").status()
+
+        def expire() -> None:
+            self._store.compact()
+            self._store.end_watches({"type": "ERROR", "object": error})
+
+        self._in_loop(expire)
+
+    def compact(self) -> None:
+        """Forget the history: watches that start before now get 410 Gone."""
+        self._in_loop(self._store.compact)
+
+    def fail_pulls(self, image_prefix: str, error: str) -> None:
+        """Pulls of such images fail with the registry's `error` until `allow_pulls`."""
+        self.agent_settings.failing_pulls[image_prefix] = error
+
+    def allow_pulls(self, image_prefix: str) -> None:
+        self.agent_settings.failing_pulls.pop(image_prefix, None)
+
+    def lose_node(self, name: str) -> None:
+        """The machine dies: its containers stop, and a little later the node and its pods are removed."""
+        self._in_loop(lambda: self._agents.lose_node(name))
+
+    def go_away(self, seconds: float) -> None:
+        """Close the listening socket and every connection, and come back on the same port after `seconds`."""
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._come_back(seconds)))
+
+    async def _close(self) -> None:
+        assert self._site is not None
+        assert self._runner is not None
+        assert self._runner.server is not None
+        await self._site.stop()
+        for connection in list(self._runner.server.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    async def _come_back(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        assert self._runner is not None
+        self._site = web.TCPSite(
+            self._runner, "127.0.0.1", self.port, ssl_context=self._ssl_context, reuse_address=True
+        )
+        await self._site.start()
+
+    def _in_loop(self, work: Callable[[], _T]) -> _T:
+        """Run `work` in the server's loop, where all state lives, and return its result."""
+        assert self._loop is not None
+
+        async def run() -> _T:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=60.0)
+
+    async def _serve_until_stopped(self, started: threading.Event) -> None:
+        """As the base class does, but with the site at hand, so that the server can go away and come back."""
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        runner = web.AppRunner(self.build_app(), access_log=None, handle_signals=False, shutdown_timeout=0.5)
+        self._runner = runner
+        await runner.setup()
+        try:
+            self._site = web.TCPSite(runner, "127.0.0.1", self._requested_port, ssl_context=self._ssl_context)
+            await self._site.start()
+            self._port = runner.addresses[0][1]
+            started.set()
+            await self._stopping.wait()
+        finally:
+            with contextlib.suppress(RuntimeError):
+                await runner.cleanup()
+
+
+def _default_identity(namespace: str, account: str, annotations: dict[str, str]) -> str:
+    """Workload Identity without a cloud that decides: the annotated service account, else the direct principal."""
+    linked = annotations.get("iam.gke.io/gcp-service-account")
+    if linked:
+        return f"serviceAccount:{linked}"
+    pool = "projects/123/locations/global/workloadIdentityPools/sandbox-project.svc.id.goog"
+    return f"principal://iam.googleapis.com/{pool}/subject/ns/{namespace}/sa/{account}"
