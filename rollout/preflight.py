@@ -70,7 +70,7 @@ def required_permissions(target: Target, *, creates_bucket: bool, creates_cluste
     if target.cluster.mode is not ClusterMode.KUBECONFIG:
         needed += ["container.clusters.get", "container.deployments.create", "container.services.create"]
         if creates_cluster:
-            needed.append("container.clusters.create")
+            needed += ["container.clusters.create", "container.operations.get", "container.operations.list"]
         if target.identity is IdentityMode.SERVICE_ACCOUNT:
             needed += [
                 "iam.serviceAccounts.create",
@@ -85,7 +85,7 @@ def check_services(required: Iterable[str], enabled: Iterable[str], target: Targ
     missing = sorted(set(required) - {name.split(".")[0] for name in enabled})
     if not missing:
         return ok("APIs", "all required APIs are enabled")
-    services = " ".join(f"{name}.{target.universe.domain}" for name in missing)
+    services = " ".join(f"{name}.googleapis.com" for name in missing)  # service IDs are the same in every universe
     return failed(
         "APIs",
         f"not enabled in {target.project}: {', '.join(missing)}",

@@ -67,9 +67,12 @@ class Universe(Value):
         return f"serviceAccount:{self.workload_pool(project)}[{namespace}/{ksa}]"
 
     def workload_identity_principal(self, project: str, project_number: str, namespace: str, ksa: str) -> str:
-        """The IAM principal of a Kubernetes service account itself: access without a Google service account."""
+        """The IAM principal of a Kubernetes service account itself: access without a Google service account.
+
+        Principal identifiers name `iam.googleapis.com` in every universe: they are names, not addresses.
+        """
         return (
-            f"principal://iam.{self.domain}/projects/{project_number}/locations/global/workloadIdentityPools/"
+            f"principal://iam.googleapis.com/projects/{project_number}/locations/global/workloadIdentityPools/"
             f"{self.workload_pool(project)}/subject/ns/{namespace}/sa/{ksa}"
         )
 

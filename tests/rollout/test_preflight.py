@@ -29,7 +29,7 @@ TARGET = Target.model_validate(
 def test_disabled_apis_come_with_the_command_that_enables_them() -> None:
     check = check_services(["container", "iam"], ["container.googleapis.com"], TARGET)
     assert check.state is CheckState.FAILED
-    assert "gcloud services enable iam.s3nsapis.fr --project=my-project" in check.resolution
+    assert "gcloud services enable iam.googleapis.com --project=my-project" in check.resolution
 
 
 def test_missing_permissions_are_all_named() -> None:

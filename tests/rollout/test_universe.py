@@ -39,7 +39,7 @@ def test_workload_identity_member_follows_universe_and_domain_scope(
 
 def test_direct_principal_names_project_number_pool_and_subject() -> None:
     assert S3NS.workload_identity_principal("my-project", "123", "serving", "gemma-ksa") == (
-        "principal://iam.s3nsapis.fr/projects/123/locations/global/workloadIdentityPools/my-project.s3ns.svc.id.goog"
+        "principal://iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/my-project.s3ns.svc.id.goog"
         "/subject/ns/serving/sa/gemma-ksa"
     )
 

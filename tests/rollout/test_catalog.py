@@ -1,0 +1,66 @@
+"""Presets by name or path; every mistake says what, where and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rollout import catalog
+from rollout.errors import BadInput
+from rollout.request import RolloutRequest, resolve
+
+
+@pytest.mark.parametrize("name", catalog.known("models"))
+def test_every_model_preset_loads(name: str) -> None:
+    assert catalog.load_model(name).serving.served_model_name
+
+
+@pytest.mark.parametrize("name", catalog.known("targets"))
+def test_every_target_loads(name: str) -> None:
+    assert catalog.load_target(name).bucket
+
+
+def test_the_documents_models_and_the_documents_target_are_known() -> None:
+    assert {"gemma-4-26b-a4b-it", "gemma-4-31b-it"} <= set(catalog.known("models"))
+    assert catalog.load_target("s3ns-france").universe.domain == "s3nsapis.fr"
+    assert catalog.load_target("s3ns-france").region == "u-france-east1"
+
+
+def test_a_misspelt_preset_suggests_the_nearest() -> None:
+    with pytest.raises(BadInput, match="Did you mean 'gemma-4-31b-it'"):
+        catalog.load_model("gemma4-31b-it")
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(BadInput, match=r"nowhere\.yaml: cannot read the file"):
+        catalog.load_target("nowhere.yaml")
+
+
+def test_every_wrong_field_of_a_file_is_named_without_its_value(tmp_path: Path) -> None:
+    file = tmp_path / "target.yaml"
+    file.write_text("name: Bad_Name\nproject: p\nregion: r\nbucket: b-ucket\nhub_token: hf_secret\n")
+    with pytest.raises(BadInput) as caught:
+        catalog.load_target(str(file))
+    message = str(caught.value)
+    assert "name: String should match pattern" in message
+    assert "project: " in message
+    assert "hub_token: Extra inputs are not permitted" in message
+    assert "hf_secret" not in message
+
+
+def test_wishes_of_the_request_lie_over_the_preset() -> None:
+    spec = resolve(
+        RolloutRequest(model="gemma-4-31b-it", target="s3ns-france", revision="v1", replicas=2, max_model_len=4096)
+    )
+    assert (spec.model.revision, spec.serving.replicas, spec.serving.max_model_len) == ("v1", 2, 4096)
+    assert spec.serving.served_model_name == "google/gemma-4-31B-it"
+
+
+def test_an_impossible_wish_names_the_field(tmp_path: Path) -> None:
+    preset = tmp_path / "model.yaml"
+    preset.write_text(
+        "model: {repo_id: a/b}\nserving: {served_model_name: m, tensor_parallel_size: 2, accelerator: {count: 1}}\n"
+    )
+    with pytest.raises(BadInput, match=r"raise accelerator\.count"):
+        resolve(RolloutRequest(model=str(preset), target="s3ns-france"))

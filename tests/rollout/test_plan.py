@@ -1,0 +1,111 @@
+"""The plan is pure: equal observations give equal plans, and what exists already is not planned again."""
+
+from __future__ import annotations
+
+import pytest
+
+from rollout.model import ModelFile, PinnedModel
+from rollout.plan import Observation, RolloutPlan, make_plan, rollout_id
+from rollout.policy import RolloutPolicy
+from rollout.report import Action, Change
+from rollout.serving import ServingSpec
+from rollout.target import Cluster, ClusterMode, IdentityMode, Target
+
+MODEL = PinnedModel(
+    repo_id="google/gemma-4-31B-it",
+    revision="main",
+    commit_sha="0123456789abcdef0123456789abcdef01234567",
+    files=(ModelFile(path="config.json", size_bytes=100), ModelFile(path="model.safetensors", size_bytes=5_000)),
+)
+SERVING = ServingSpec(served_model_name="google/gemma-4-31B-it")
+TARGET = Target.model_validate(
+    {
+        "name": "s3ns",
+        "project": "my-project",
+        "region": "u-france-east1",
+        "bucket": "my-bucket",
+        "universe": {"domain": "s3nsapis.fr"},
+        "gpu_usd_per_hour": 11.0,
+    }
+)
+DEPLOYMENT = {"kind": "Deployment", "apiVersion": "apps/v1", "metadata": {"name": "d", "namespace": "default"}}
+
+
+def plan_for(observed: Observation, target: Target = TARGET, serving: ServingSpec = SERVING) -> RolloutPlan:
+    return make_plan(MODEL, serving, target, RolloutPolicy(), observed, [DEPLOYMENT])
+
+
+def actions(plan: RolloutPlan) -> dict[str, Action]:
+    return {f"{change.kind} {change.name}": change.action for change in plan.changes}
+
+
+def test_an_empty_project_gets_everything_created() -> None:
+    plan = plan_for(Observation(project_number="123"))
+    assert {change.kind for change in plan.changes} == {
+        "Bucket",
+        "Weights",
+        "Cluster",
+        "ServiceAccount",
+        "IamBinding",
+        "Deployment",
+    }
+    assert {change.action for change in plan.changes} == {Action.CREATED}
+    assert plan.transfer_bytes == 5_100
+
+
+def test_a_finished_rollout_plans_no_change_and_no_transfer() -> None:
+    plan = plan_for(
+        Observation(
+            bucket_exists=True,
+            weights_proven=True,
+            cluster_exists=True,
+            service_account_exists=True,
+            workload_identity_bound=True,
+            reader_bound=True,
+            object_changes=(Change(action=Action.UNCHANGED, kind="Deployment", name="default/d"),),
+        )
+    )
+    assert not plan.changes_anything
+    assert plan.transfer_bytes == 0
+
+
+def test_a_changed_object_alone_is_planned_as_update() -> None:
+    changed = Change(action=Action.UPDATED, kind="Deployment", name="default/d")
+    plan = plan_for(Observation(bucket_exists=True, weights_proven=True, object_changes=(changed,)))
+    assert actions(plan)["Deployment default/d"] is Action.UPDATED
+    assert actions(plan)["Bucket gs://my-bucket"] is Action.UNCHANGED
+
+
+def test_direct_identity_plans_the_principal_and_no_service_account() -> None:
+    target = TARGET.model_copy(update={"identity": IdentityMode.DIRECT})
+    kinds = [change.kind for change in plan_for(Observation(project_number="123"), target).changes]
+    assert "ServiceAccount" not in kinds
+    binding = next(c for c in plan_for(Observation(project_number="123"), target).changes if c.kind == "IamBinding")
+    assert "principal://iam.googleapis.com/projects/123/" in binding.name
+
+
+def test_a_kubeconfig_cluster_is_nobodys_to_create() -> None:
+    target = TARGET.model_copy(update={"cluster": Cluster(mode=ClusterMode.KUBECONFIG)})
+    kinds = {change.kind for change in plan_for(Observation(), target).changes}
+    assert kinds == {"Bucket", "Weights", "Deployment"}
+
+
+def test_cost_is_gpus_times_price() -> None:
+    serving = SERVING.model_copy(update={"replicas": 3})
+    assert plan_for(Observation(), serving=serving).usd_per_hour == pytest.approx(33.0)
+
+
+def test_cost_is_unknown_where_no_price_is() -> None:
+    target = TARGET.model_copy(update={"gpu_usd_per_hour": None})
+    assert plan_for(Observation(), target).usd_per_hour is None
+
+
+def test_the_rollout_id_follows_what_is_served_and_not_how_it_is_reached() -> None:
+    base = rollout_id(MODEL, SERVING, TARGET)
+    assert base == rollout_id(MODEL, SERVING, TARGET.model_copy(update={"gpu_usd_per_hour": 1.0}))
+    assert base != rollout_id(MODEL, SERVING.model_copy(update={"max_num_seqs": 64}), TARGET)
+    assert base != rollout_id(MODEL.model_copy(update={"commit_sha": "f" * 40}), SERVING, TARGET)
+
+
+def test_equal_observations_give_equal_plans() -> None:
+    assert plan_for(Observation()) == plan_for(Observation())
