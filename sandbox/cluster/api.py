@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import yaml
 from aiohttp import web
 
-from sandbox.cluster import errors, patch
+from sandbox.cluster import errors, fields, patch
 from sandbox.cluster.errors import ApiError, bad_request
 from sandbox.cluster.registry import Deletion, Registry, Writer, decode
 from sandbox.cluster.resources import BUILT_IN, CUSTOM, POD, SERVICE, Resource
@@ -434,9 +434,9 @@ class Api:
             raise bad_request("the namespace of the provided object does not match the namespace sent on the request")
         decoded, unknown = decode(at.resource, config)
         if unknown:
-            where = f"{at.namespace}/{at.name}" if at.namespace else f"/{at.name}"
+            where = f"{metadata.get('namespace', '')}/{at.name}"
             kind = f"{at.resource.api_version}, Kind={at.resource.kind}"
-            listed = f".{unknown[0]}: field not declared in schema"
+            listed = f"{fields.keyed(unknown[0], config, at.resource.node)}: field not declared in schema"
             # A plain error in the real server's code, so a 500 without a reason.
             raise ApiError(500, "", f"failed to create typed patch object ({where}; {kind}): {listed}")
         if at.subresource == "status":

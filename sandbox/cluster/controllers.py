@@ -34,6 +34,7 @@ from sandbox.cluster.store import Change, Key, Store, seconds_since, timestamp
 
 MANAGER = "kube-controller-manager"
 REVISION = "deployment.kubernetes.io/revision"
+REVISION_HISTORY = "deployment.kubernetes.io/revision-history"
 HASH_LABEL = "pod-template-hash"
 Object: TypeAlias = dict[str, Any]
 
@@ -319,9 +320,11 @@ class DeploymentController(Controller):
     def _adopt_revision(self, deployment: Object, new: Object) -> Object:
         """Carry the revision over to the Deployment after a rollback to a ReplicaSet that was there already."""
         revision = new["metadata"]["annotations"][REVISION]
-        if (deployment["metadata"].get("annotations") or {}).get(REVISION) != revision:
-            message = f'Found new replica set "{new["metadata"]["name"]}"'
-            self._set_new_progress(deployment, revision, "FoundNewReplicaSet", message)
+        changed = copy.deepcopy(self.store.get(DEPLOYMENT, *key_of(deployment)) or deployment)
+        annotations = changed["metadata"].setdefault("annotations", {})
+        if annotations.get(REVISION) != revision:
+            annotations[REVISION] = revision
+            self.registry.write_status(DEPLOYMENT, deployment, changed, MANAGER)
         return new
 
     def _set_new_progress(self, deployment: Object, revision: str, reason: str, message: str) -> None:
@@ -365,8 +368,12 @@ class DeploymentController(Controller):
 
     def _annotate_set(self, deployment: Object, replica_set: Object, revision: str) -> Object:
         changed = copy.deepcopy(replica_set)
+        before = changed["metadata"].get("annotations") or {}
         annotations = self._set_annotations(deployment) | {REVISION: revision}
-        changed["metadata"]["annotations"] = (changed["metadata"].get("annotations") or {}) | annotations
+        if before.get(REVISION):
+            history = [each for each in (before.get(REVISION_HISTORY), before[REVISION]) if each]
+            annotations[REVISION_HISTORY] = ",".join(history)
+        changed["metadata"]["annotations"] = before | annotations
         return self.registry.update(REPLICA_SET, replica_set, changed, Writer(MANAGER))
 
     def _first_replicas(self, deployment: Object, old: list[Object]) -> int:

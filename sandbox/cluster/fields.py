@@ -7,6 +7,7 @@ with keys, `v:"x"` for a member of a set. A set of paths names leaves, and conta
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeAlias
@@ -28,7 +29,6 @@ _SYSTEM = frozenset(
                 "creationTimestamp",
                 "deletionGracePeriodSeconds",
                 "deletionTimestamp",
-                "generateName",
                 "generation",
                 "managedFields",
                 "name",
@@ -152,6 +152,21 @@ def from_fields_v1(tree: dict[str, Any], here: Path = ()) -> Paths:
 def shown(path: Path) -> str:
     """The path as conflicts name it: `.spec.template.spec.containers[name="c"].image`."""
     return "".join(_shown_element(element) for element in path)
+
+
+def keyed(path: str, obj: dict[str, Any], node: Node) -> str:
+    """`spec.containers[0].x` as server-side apply names it: `.spec.containers[name="c"].x`."""
+    shown_path, place = "", node
+    value: Any = obj
+    for part in re.findall(r"[^.\[\]]+|\[\d+\]", path):
+        if not part.startswith("["):
+            value, place = value.get(part) if isinstance(value, dict) else None, schema.child(place, part)
+            shown_path += f".{part}"
+            continue
+        value = value[int(part[1:-1])]
+        shown_path += _shown_element(key_of(value, place.keys)) if place.shape is Shape.LIST_MAP else part
+        place = schema.item(place)
+    return shown_path
 
 
 def _shown_element(element: str) -> str:

@@ -159,16 +159,15 @@ class _PortForward:
                 await self._socket.send_bytes(bytes([channel]) + port.to_bytes(2, "little"))
         pumps = [asyncio.create_task(self._pump(index, port)) for index, port in enumerate(self._ports)]
         receiving = asyncio.create_task(self._receive())
-        sending = asyncio.ensure_future(asyncio.gather(*pumps))
+        sending = asyncio.create_task(_all(pumps))
         try:
             await asyncio.wait([receiving, sending], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (receiving, *pumps):
+            for task in (receiving, sending, *pumps):
                 task.cancel()
             for writer in self._writers.values():
                 writer.close()
-            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
-                await asyncio.gather(receiving, sending, return_exceptions=True)
+            await asyncio.gather(receiving, sending, *pumps, return_exceptions=True)
             await self._socket.close()
 
     async def _pump(self, index: int, port: int) -> None:
@@ -212,6 +211,10 @@ class _PortForward:
                 return self._writers.get(index)
             await asyncio.sleep(0.01)
         return None
+
+
+async def _all(tasks: list[asyncio.Task[None]]) -> None:
+    await asyncio.gather(*tasks)
 
 
 async def proxy(
