@@ -2,7 +2,10 @@
 
 Sources: https://cloud.google.com/compute/docs/gpus (memory per GPU, machine types),
 https://cloud.google.com/kubernetes-engine/docs/concepts/gpus (labels), https://cloud.google.com/tpu/docs/system-architecture
-(HBM per chip), https://cloud.google.com/compute/resource-usage#gpu_quota (quota metrics). Read 2026-11.
+(HBM per chip), https://cloud.google.com/compute/resource-usage#gpu_quota (quota metrics),
+https://cloud.google.com/compute/docs/accelerator-optimized-machines and
+https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus (vCPUs and memory of the machines, TPU topologies),
+https://docs.vllm.ai/en/latest/features/quantization/#supported-hardware (FP8). Read 2026-11.
 """
 
 from __future__ import annotations
@@ -39,6 +42,36 @@ class AcceleratorType(Value):
     quota_metric: str
     """Region quota of Compute Engine for on-demand use; the preemptible one is prefixed `PREEMPTIBLE_`."""
     machines: tuple[Machine, ...]
+    """The first of several with the same number of accelerators is the usual one."""
+    host_vcpus: float
+    """vCPUs of the machine per accelerator, of the leanest machine that is usual for serving."""
+    host_memory_gib: float
+    """Memory of the machine per accelerator, likewise."""
+    has_fp8: bool = False
+    """Whether vLLM computes in FP8 on it: weights and KV cache of half the size."""
+    topologies: dict[int, str] = {}
+    """TPU chips of one replica -> `cloud.google.com/gke-tpu-topology`, for slices of one machine."""
+
+    @property
+    def resource(self) -> str:
+        """What a pod requests."""
+        return "google.com/tpu" if self.kind is AcceleratorKind.TPU else "nvidia.com/gpu"
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many accelerators one replica can have on one machine, rising."""
+        return tuple(sorted({machine.accelerators for machine in self.machines}))
+
+    def machine_for(self, count: int) -> Machine:
+        """The usual machine with `count` accelerators, else the smallest with more. Raises `BadInput`."""
+        fitting = [machine for machine in self.machines if machine.accelerators >= count]
+        if not fitting:
+            raise BadInput(
+                f"no machine has {count} {self.name}.",
+                where="serving.accelerator.count",
+                resolution=f"At most {self.counts[-1]} are on one machine.",
+            )
+        return min(fitting, key=lambda machine: machine.accelerators)
 
 
 def _machines(**counts: int) -> tuple[Machine, ...]:
@@ -51,6 +84,9 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         AcceleratorType(
             name="nvidia-h100-80gb",
             memory_gib=80,
+            host_vcpus=26,
+            host_memory_gib=234,
+            has_fp8=True,
             quota_metric="NVIDIA_H100_GPUS",
             machines=_machines(
                 a3_highgpu_1g=1, a3_highgpu_2g=2, a3_highgpu_4g=4, a3_highgpu_8g=8, a3_edgegpu_8g_nolssd=8
@@ -59,38 +95,57 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         AcceleratorType(
             name="nvidia-h100-mega-80gb",
             memory_gib=80,
+            host_vcpus=26,
+            host_memory_gib=234,
+            has_fp8=True,
             quota_metric="NVIDIA_H100_MEGA_GPUS",
             machines=_machines(a3_megagpu_8g=8),
         ),
         AcceleratorType(
             name="nvidia-h200-141gb",
             memory_gib=141,
+            host_vcpus=28,
+            host_memory_gib=369,
+            has_fp8=True,
             quota_metric="NVIDIA_H200_GPUS",
             machines=_machines(a3_ultragpu_8g=8),
         ),
         AcceleratorType(
-            name="nvidia-b200", memory_gib=180, quota_metric="NVIDIA_B200_GPUS", machines=_machines(a4_highgpu_8g=8)
+            name="nvidia-b200",
+            memory_gib=180,
+            host_vcpus=28,
+            host_memory_gib=496,
+            has_fp8=True,
+            quota_metric="NVIDIA_B200_GPUS",
+            machines=_machines(a4_highgpu_8g=8),
         ),
         AcceleratorType(
             name="nvidia-tesla-a100",
             memory_gib=40,
+            host_vcpus=12,
+            host_memory_gib=85,
             quota_metric="NVIDIA_A100_GPUS",
             machines=_machines(a2_highgpu_1g=1, a2_highgpu_2g=2, a2_highgpu_4g=4, a2_highgpu_8g=8, a2_megagpu_16g=16),
         ),
         AcceleratorType(
             name="nvidia-a100-80gb",
             memory_gib=80,
+            host_vcpus=12,
+            host_memory_gib=170,
             quota_metric="NVIDIA_A100_80GB_GPUS",
             machines=_machines(a2_ultragpu_1g=1, a2_ultragpu_2g=2, a2_ultragpu_4g=4, a2_ultragpu_8g=8),
         ),
         AcceleratorType(
             name="nvidia-l4",
             memory_gib=24,
+            host_vcpus=12,
+            host_memory_gib=48,
+            has_fp8=True,
             quota_metric="NVIDIA_L4_GPUS",
             machines=_machines(
+                g2_standard_12=1,
                 g2_standard_4=1,
                 g2_standard_8=1,
-                g2_standard_12=1,
                 g2_standard_16=1,
                 g2_standard_32=1,
                 g2_standard_24=2,
@@ -101,6 +156,9 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         AcceleratorType(
             name="nvidia-rtx-pro-6000",
             memory_gib=96,
+            host_vcpus=48,
+            host_memory_gib=180,
+            has_fp8=True,
             quota_metric="NVIDIA_RTX_PRO_6000_GPUS",
             machines=_machines(g4_standard_48=1, g4_standard_96=2, g4_standard_192=4, g4_standard_384=8),
         ),
@@ -108,6 +166,9 @@ ACCELERATORS: dict[str, AcceleratorType] = {
             name="tpu-v5-lite-podslice",
             kind=AcceleratorKind.TPU,
             memory_gib=16,
+            host_vcpus=24,
+            host_memory_gib=48,
+            topologies={1: "1x1", 4: "2x2", 8: "2x4"},
             quota_metric="TPU_LITE_PODSLICE_V5",
             machines=_machines(ct5lp_hightpu_1t=1, ct5lp_hightpu_4t=4, ct5lp_hightpu_8t=8),
         ),
@@ -115,6 +176,9 @@ ACCELERATORS: dict[str, AcceleratorType] = {
             name="tpu-v6e-slice",
             kind=AcceleratorKind.TPU,
             memory_gib=32,
+            host_vcpus=22,
+            host_memory_gib=180,
+            topologies={1: "1x1", 4: "2x2", 8: "2x4"},
             quota_metric="TPUS_PER_TPU_FAMILY",
             machines=_machines(ct6e_standard_1t=1, ct6e_standard_4t=4, ct6e_standard_8t=8),
         ),

@@ -25,6 +25,10 @@ BOOT_DISK_USABLE = 0.9
 DEFAULT_BOOT_DISK_GIB = 100
 
 
+FP8_FLAGS = ("--quantization=fp8", "--kv-cache-dtype=fp8")
+"""vLLM's flags for weights and for a KV cache of one byte per value."""
+
+
 class ModelShape(Value):
     """What of a model's config.json decides its KV cache."""
 
@@ -102,16 +106,28 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape | None:
     )
 
 
+def served_weights_bytes(weights_bytes: int, serving: ServingSpec) -> int:
+    """Size of the weights in memory: `--quantization=fp8` halves a 16-bit checkpoint while it is loaded."""
+    return weights_bytes // 2 if FP8_FLAGS[0] in serving.extra_args else weights_bytes
+
+
+def kv_bytes_per_value(serving: ServingSpec) -> int:
+    """2 for bfloat16, 1 with `--kv-cache-dtype=fp8`."""
+    return 1 if FP8_FLAGS[1] in serving.extra_args else 2
+
+
 def memory_fit(weights_bytes: int, shape: ModelShape, serving: ServingSpec, accelerator: AcceleratorType) -> MemoryFit:
     """The memory of one GPU when the model is served as `serving` asks."""
     split = serving.tensor_parallel_size
     usable = int(accelerator.memory_gib * GIB * serving.gpu_memory_utilization)
     activation = int(ACTIVATION_GIB * GIB)
-    weights = weights_bytes // split
+    weights = served_weights_bytes(weights_bytes, serving) // split
     cache = usable - weights - activation
     length = serving.max_model_len or shape.max_position_embeddings
     # KV heads are divided over the GPUs, but never below one head each.
-    per_context = shape.kv_bytes(length) // min(split, max(shape.kv_heads, 1))
+    per_context = shape.kv_bytes(length, bytes_per_value=kv_bytes_per_value(serving)) // min(
+        split, max(shape.kv_heads, 1)
+    )
     return MemoryFit(
         usable_bytes=usable,
         weights_bytes=weights,
