@@ -1,4 +1,7 @@
-"""`python -m sandbox.engine serve [--real-vllm-python PATH --] ARGUMENTS OF THE CONTAINER`."""
+"""`python -m sandbox.engine serve [--real-vllm-python PATH --] ARGUMENTS OF THE CONTAINER`.
+
+Without the option the engine is simulated; with it, real vLLM of that python's venv serves on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from sandbox.engine import real_vllm
 from sandbox.engine.args import ExecutableNotFound, UsageError, parse_serve_arguments, strip_entry_point, usage_text
 from sandbox.engine.server import serve
 from sandbox.engine.startup import Log
+from sandbox.engine.weights import WeightsError
 
 USAGE_EXIT_CODE = 2
 NOT_FOUND_EXIT_CODE = 127
@@ -18,10 +24,16 @@ NOT_FOUND_EXIT_CODE = 127
 
 def main(arguments: Sequence[str]) -> int:
     """Serve like the container whose arguments these are; returns its exit code."""
-    if not arguments or arguments[0] != "serve":
-        print(__doc__, file=sys.stderr)
-        return USAGE_EXIT_CODE
-    words = list(arguments[1:])
+    match list(arguments):
+        case ["serve", "--real-vllm-python", python, "--", *words]:
+            return _serve(words, Path(python))
+        case ["serve", *words]:
+            return _serve(words, None)
+    print(__doc__, file=sys.stderr)
+    return USAGE_EXIT_CODE
+
+
+def _serve(words: Sequence[str], vllm_python: Path | None) -> int:
     try:
         settings = parse_serve_arguments(words)
     except ExecutableNotFound as error:
@@ -31,7 +43,13 @@ def main(arguments: Sequence[str]) -> int:
         program, _ = strip_entry_point(words)
         print(f"{usage_text(program)}\n{program}: error: {error}", file=sys.stderr)
         return USAGE_EXIT_CODE
-    return asyncio.run(serve(settings, os.environ, Log()))
+    if vllm_python is None:
+        return asyncio.run(serve(settings, os.environ, Log()))
+    try:
+        real_vllm.run(settings, vllm_python, os.environ)
+    except WeightsError as error:
+        print(error, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -128,11 +128,12 @@ class Connection(asyncio.Protocol):
         status: int,
         body: bytes,
         *,
-        content_type: str = "application/json",
+        content_type: str | None = "application/json",
         headers: tuple[tuple[str, str], ...] = (),
     ) -> None:
         """Send a whole answer."""
-        head = _head(status, (("content-length", str(len(body))), ("content-type", content_type), *headers))
+        kind = (("content-type", content_type),) if content_type else ()
+        head = _head(status, (*headers, ("content-length", str(len(body))), *kind))
         if self._answering is not None and self._answering.method == "HEAD":
             body = b""
         self._write(head + body)
@@ -176,6 +177,7 @@ def _head(status: int, headers: tuple[tuple[str, str], ...]) -> bytes:
         f"date: {formatdate(usegmt=True)}",
         "server: uvicorn",
         *(f"{name}: {value}" for name, value in headers),
+        "vary: Origin",
     ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 

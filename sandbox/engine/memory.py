@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,16 +94,12 @@ class MemoryPlan:
     """Requests of the maximal length that fit at once."""
 
 
-def derived_max_model_len(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.text_config.get("max_position_embeddings") or 2048)
-
-
-def max_model_len(checkpoint: Checkpoint, requested: int | None) -> int:
+def max_model_len(checkpoint: Checkpoint, requested: int | None, environment: Mapping[str, str]) -> int:
     """The context window. Raises ConfigError with vLLM's message when more is asked than the model was made for."""
-    derived = derived_max_model_len(checkpoint)
+    derived = int(checkpoint.text_config.get("max_position_embeddings") or 2048)
     if requested is None:
         return derived
-    if requested > derived:
+    if requested > derived and environment.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
         raise ConfigError(
             "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
             f"  Value error, User-specified max_model_len ({requested}) is greater than the derived max_model_len"

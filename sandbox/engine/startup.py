@@ -64,7 +64,7 @@ async def load(arguments: ServeArguments, environment: Mapping[str, str], log: L
     try:
         source = open_source(arguments.model, environment)
         checkpoint = read_checkpoint(source)
-        model_len = memory.max_model_len(checkpoint, arguments.max_model_len)
+        model_len = memory.max_model_len(checkpoint, arguments.max_model_len, environment)
     except ConfigError as error:
         log.write(_API_SERVER_TRACEBACK + str(error))
         raise StartupFailed(str(error)) from error

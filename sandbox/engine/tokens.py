@@ -90,19 +90,13 @@ class ChatTemplate:
         """The prompt for `messages`, ending where the model's answer begins. Raises ChatTemplateError."""
         if self._template is None:
             # Not vLLM's behaviour: it refuses chat without a template. Enough for checkpoints made for tests.
-            return "".join(f"<|{each['role']}|>\n{_text_of(each.get('content'))}\n" for each in messages)
+            return "".join(f"<|{each['role']}|>\n{each.get('content') or ''}\n" for each in messages)
         try:
             return self._template.render(
                 messages=messages, tools=tools, add_generation_prompt=True, **self._special_tokens, **options
             )
         except jinja2.TemplateError as error:
             raise ChatTemplateError(str(error)) from error
-
-
-def _text_of(content: Any) -> str:
-    if isinstance(content, list):
-        return "\n".join(part.get("text", "") for part in content if isinstance(part, dict))
-    return content or ""
 
 
 def _environment() -> jinja2.Environment:

@@ -7,9 +7,12 @@ missing or broken ends in the message that vLLM 0.32 gives for it.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +21,8 @@ from urllib.parse import quote
 
 import requests
 
-LOCAL_COPY = "/tmp/model_dir"
-"""Where the serving image copies `gs://` weights; vLLM's messages then speak of this path."""
+LOCAL_COPY = "/data"
+"""Where the weights of a `gs://` path are inside the container (GKE Inference Quickstart); vLLM's messages say it."""
 
 REQUEST_TIMEOUT_S = 60.0
 """Everything read here is small and comes from loopback; a machine under full load may still need seconds."""
@@ -95,11 +98,21 @@ def open_source(model: str, environment: Mapping[str, str] = os.environ) -> Sour
     if Path(model).is_dir():
         return FolderSource(Path(model))
     if model.startswith(("/", ".")) or model.count("/") > 1:
-        raise ConfigError(
-            "huggingface_hub.errors.HFValidationError: Repo id must use alphanumeric chars, '-', '_' or '.'. The name"
-            f" cannot start or end with '-' or '.' and the maximum length is 96: '{model}'."
-        )
+        raise _not_a_repository(model)
     return HubSource(model, environment)
+
+
+def _not_a_repository(path: str) -> ConfigError:
+    """What huggingface_hub says of a path that vLLM did not find and therefore takes for a repository's name."""
+    if path.count("/") > 1:
+        return ConfigError(
+            "huggingface_hub.errors.HFValidationError: Repo id must be in the form 'repo_name' or"
+            f" 'namespace/repo_name': '{path}'. Use `repo_type` argument if needed."
+        )
+    return ConfigError(
+        "huggingface_hub.errors.HFValidationError: Repo id must use alphanumeric chars, '-', '_' or '.'. The name"
+        f" cannot start or end with '-' or '.' and the maximum length is 96: '{path}'."
+    )
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
@@ -237,6 +250,7 @@ class StorageSource:
         if not endpoint:
             raise EntrypointError(f"STORAGE_EMULATOR_HOST is not set: there is no Cloud Storage to read {uri} from")
         self._base = (endpoint if "://" in endpoint else f"http://{endpoint}").rstrip("/") + "/storage/v1/b/"
+        self._checksums: dict[str, str] = {}
         self._session = requests.Session()
         if identity := environment.get("SANDBOX_IDENTITY"):
             self._session.headers["Authorization"] = f"Bearer sandbox-identity:{identity}"
@@ -251,22 +265,55 @@ class StorageSource:
                 name = entry["name"].removeprefix(self._prefix)
                 if name and not name.endswith("/"):
                     sizes[name] = int(entry["size"])
+                    self._checksums[name] = str(entry["crc32c"])
             page_token = page.get("nextPageToken", "")
             if not page_token:
                 break
         if not sizes:
             # Nothing was copied, so the folder is not there and vLLM takes its path for a repository's name.
-            open_source(self.path, {})
+            raise _not_a_repository(self.path)
         return sizes
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
-        path = f"{quote(self._bucket, safe='')}/o/{quote(self._prefix + name, safe='')}"
-        return self._get(path, {"alt": "media"}, _range_header(start, end)).content
+        return self._get(self._media_path(name), {"alt": "media"}, _range_header(start, end)).content
 
-    def _get(self, path: str, parameters: dict[str, str], headers: dict[str, str] | None = None) -> requests.Response:
+    def copy_to(self, cache: Path) -> Path:
+        """Copy all files into a folder of `cache` named after their contents, unless it is there, and return it."""
+        sizes = self.sizes()
+        listing = json.dumps(sorted(self._checksums.items()))
+        folder = cache / hashlib.sha256(listing.encode()).hexdigest()[:16]
+        if folder.is_dir():
+            return folder
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as partial:
+            for name, size in sizes.items():
+                self._copy_file(name, size, Path(partial) / "model" / name)
+            with contextlib.suppress(OSError):  # another pod was faster with the same contents
+                (Path(partial) / "model").rename(folder)
+        return folder
+
+    def _copy_file(self, name: str, size: int, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            for chunk in self._get(self._media_path(name), {"alt": "media"}, stream=True).iter_content(2**20):
+                file.write(chunk)
+        if target.stat().st_size != size:
+            raise EntrypointError(f"{name} ended after {target.stat().st_size} of {size} bytes")
+
+    def _media_path(self, name: str) -> str:
+        return f"{quote(self._bucket, safe='')}/o/{quote(self._prefix + name, safe='')}"
+
+    def _get(
+        self,
+        path: str,
+        parameters: dict[str, str],
+        headers: dict[str, str] | None = None,
+        *,
+        stream: bool = False,
+    ) -> requests.Response:
         try:
             response = self._session.get(
-                self._base + path, params=parameters, headers=headers, timeout=REQUEST_TIMEOUT_S
+                self._base + path, params=parameters, headers=headers, timeout=REQUEST_TIMEOUT_S, stream=stream
             )
         except requests.RequestException as error:
             raise EntrypointError(f"requests.exceptions.{type(error).__name__}: {error}") from error
@@ -293,10 +340,17 @@ class HubSource:
         self._commit = self._get(f"/api/models/{repo_id}/revision/main").json()["sha"]
 
     def sizes(self) -> dict[str, int]:
-        tree = self._get(f"/api/models/{self._repo_id}/tree/{self._commit}?recursive=true").json()
-        return {
-            entry["path"]: int((entry.get("lfs") or entry)["size"]) for entry in tree if entry.get("type") == "file"
-        }
+        sizes: dict[str, int] = {}
+        next_page: str | None = f"{self._endpoint}/api/models/{self._repo_id}/tree/{self._commit}?recursive=true"
+        while next_page:
+            page = self._get(next_page.removeprefix(self._endpoint))
+            sizes |= {
+                entry["path"]: int((entry.get("lfs") or entry)["size"])
+                for entry in page.json()
+                if entry.get("type") == "file"
+            }
+            next_page = page.links.get("next", {}).get("url")
+        return sizes
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         path = f"/{self._repo_id}/resolve/{self._commit}/{quote(name)}"

@@ -1,0 +1,92 @@
+"""The table of vLLM's flags, and the parser on top of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rollout.vllm_flags import FLAGS, InvalidVllmArguments, Kind, nearest_flag, parse_arguments
+
+TUTORIAL_ARGUMENTS = [
+    "--host=0.0.0.0",
+    "--port=8080",
+    "--model=gs://gemma-4-26b-it",
+    "--tensor-parallel-size=1",
+    "--max-num-seqs=128",
+    "--gpu-memory-utilization=0.9",
+    "--limit_mm_per_prompt.image=1",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=gemma4",
+    "--reasoning-parser=gemma4",
+]
+
+
+def test_the_tutorials_arguments_are_accepted() -> None:
+    assert parse_arguments(TUTORIAL_ARGUMENTS) == {
+        "host": "0.0.0.0",
+        "port": 8080,
+        "model": "gs://gemma-4-26b-it",
+        "tensor_parallel_size": 1,
+        "max_num_seqs": 128,
+        "gpu_memory_utilization": 0.9,
+        "limit_mm_per_prompt": {"image": 1},
+        "enable_auto_tool_choice": True,
+        "tool_call_parser": "gemma4",
+        "reasoning_parser": "gemma4",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--max-model-len", "16384"], {"max_model_len": "16384"}),
+        (["--max_model_len=16k"], {"max_model_len": "16k"}),
+        (["--max-num-batched-tokens=8k"], {"max_num_batched_tokens": 8000}),
+        (["--max-num-batched-tokens=8K"], {"max_num_batched_tokens": 8192}),
+        (["-tp", "2"], {"tensor_parallel_size": 2}),
+        (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}),
+        (["--served-model-name", "a", "b"], {"served_model_name": ["a", "b"]}),
+        (["--limit-mm-per-prompt", '{"image": 1}'], {"limit_mm_per_prompt": {"image": 1}}),
+        (["--limit_mm_per_prompt.image", "2"], {"limit_mm_per_prompt": {"image": 2}}),
+        (
+            ["--kv-transfer-config.a.b=1", "--kv-transfer-config.c+=x,y"],
+            {"kv_transfer_config": {"a": {"b": 1}, "c": ["x", "y"]}},
+        ),
+        (["org/model", "--enforce-eager"], {"model_tag": "org/model", "enforce_eager": True}),
+    ],
+)
+def test_arguments_are_read_as_vllm_reads_them(arguments: list[str], expected: dict[str, Any]) -> None:
+    assert parse_arguments(arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--no-such-flag=1"], "unrecognized arguments: --no-such-flag=1"),
+        (["--max-num-seqs=many"], "argument --max-num-seqs: invalid int value: 'many'"),
+        (["--max-num-seqs"], "argument --max-num-seqs: expected one argument"),
+        (["--enforce-eager=yes"], "argument --enforce-eager/--no-enforce-eager: ignored explicit argument 'yes'"),
+        (["--dtype=int3"], "argument --dtype: invalid choice: 'int3' (choose from "),
+        (["--tool-call-parser=gemini"], "argument --tool-call-parser: invalid choice: 'gemini' (choose from "),
+    ],
+)
+def test_what_vllm_refuses_is_refused_in_its_words(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(InvalidVllmArguments) as refused:
+        parse_arguments(arguments)
+    assert refused.value.summary.startswith(sentence)
+
+
+def test_a_misspelt_flag_gets_the_nearest_one_as_a_hint() -> None:
+    with pytest.raises(InvalidVllmArguments, match=r"Did you mean --max-num-batched-tokens\?"):
+        parse_arguments(["--max_batched_tokens=1"])
+    assert nearest_flag("--modle") == "--model"
+    assert nearest_flag("--zzzzzzzz") is None
+
+
+def test_every_flag_has_one_unambiguous_meaning() -> None:
+    names = [name for flag in FLAGS for name in (flag.name, *flag.aliases)]
+    assert len(names) == len(set(names))
+    assert all(flag.kind is Kind.SWITCH for flag in FLAGS if flag.negatable)
+    assert not any(flag.many and flag.optional for flag in FLAGS)
+    assert len(FLAGS) == 316, "vLLM 0.32 has 316 flags besides --help"
