@@ -357,7 +357,8 @@ class ClusterClient:
         metadata = manifest["metadata"]
         collection = self.api.resource(manifest["apiVersion"], manifest["kind"]).path(metadata.get("namespace"))
         try:
-            for event in self.api.follow(collection, {"fieldSelector": f"metadata.name={metadata['name']}"}, stop=stop):
+            query = {"fieldSelector": f"metadata.name={metadata['name']}"}
+            for event in self.api.follow(collection, query, stop=stop, quiet_s=2.0):
                 if isinstance(event, Snapshot):
                     if all(item["metadata"]["uid"] != metadata["uid"] for item in event.items):
                         return True

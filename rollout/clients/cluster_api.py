@@ -37,6 +37,8 @@ ATTEMPTS = 12
 REQUEST_TIMEOUT = urllib3.Timeout(connect=10.0, read=60.0)
 WATCH_S = 240
 """Seconds after which the server ends a watch; below the five minutes of most proxies' idle limits."""
+QUIET_S = 20.0
+"""A watch without an event for so long is asked anew: the connection may be dead without a word."""
 
 _NEVER = threading.Event()
 
@@ -164,10 +166,11 @@ class ClusterApi:
         return self._persist(lambda: self._send("GET", path, query, None, "").decode("utf-8", "replace"))
 
     def follow(
-        self, path: str, query: Query | None = None, *, stop: threading.Event = _NEVER
+        self, path: str, query: Query | None = None, *, stop: threading.Event = _NEVER, quiet_s: float = QUIET_S
     ) -> Iterator[Snapshot | Update]:
         """List a collection, then watch it until `stop` is set; list again whenever the watch lost its place.
 
+        `stop` is seen at the next event, or after `quiet_s` without one.
         Survives a dropped connection, 410 Gone, 504 "Too large resource version" and a server that is away for a while.
         Raises ClusterUnreachable when it stays away.
         """
@@ -176,17 +179,17 @@ class ClusterApi:
             listing = self.get(path, query)
             yield Snapshot(tuple(_complete(item, listing) for item in listing["items"]))
             try:
-                yield from self._watch(path, query, listing["metadata"]["resourceVersion"], stop)
+                yield from self._watch(path, query, listing["metadata"]["resourceVersion"], stop, quiet_s)
             except VersionExpired:
                 # A stale server may repeat itself: do not list in a tight loop.
                 stop.wait(wait_before_retry_s(1, transient("expired")))
 
-    def _watch(self, path: str, query: Query, version: str, stop: threading.Event) -> Iterator[Update]:
+    def _watch(self, path: str, query: Query, version: str, stop: threading.Event, quiet_s: float) -> Iterator[Update]:
         failures = 0
         options = {**query, "watch": True, "allowWatchBookmarks": True, "timeoutSeconds": WATCH_S}
         while not stop.is_set():
             try:
-                for line in self.lines(path, {**options, "resourceVersion": version}):
+                for line in self.lines(path, {**options, "resourceVersion": version}, quiet_s=quiet_s):
                     failures = 0
                     event = json.loads(line)
                     if event["type"] == "ERROR":
@@ -202,7 +205,7 @@ class ClusterApi:
                     raise _unreachable(self.host, error) from error
                 stop.wait(wait_before_retry_s(failures, error))
 
-    def lines(self, path: str, query: Query | None = None, *, quiet_s: float = 20.0) -> Iterator[str]:
+    def lines(self, path: str, query: Query | None = None, *, quiet_s: float) -> Iterator[str]:
         """The lines of a streamed answer, as they come; ends when the server ends it, or after `quiet_s` of silence.
 
         Raises TransientError if the connection breaks: the caller knows where to go on.

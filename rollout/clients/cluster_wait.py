@@ -139,6 +139,7 @@ class StartupWait:
         self._on_log = on_log
         self._patience_factor = patience_factor
         self._queue: queue.Queue[_Message] = queue.Queue()
+        self._listed: set[str] = set()
         self._stop = threading.Event()
         self._seen = _Seen()
         self._log_runs: dict[str, str] = {}
@@ -192,7 +193,7 @@ class StartupWait:
     def _is_available(self) -> bool:
         """Kubernetes' own criterion: all pods are of the new revision and available, and the old ones are gone."""
         deployment = self._seen.deployment
-        if deployment is None:
+        if deployment is None or not {"pod", "replica_set"} <= self._listed:
             return False
         status, spec = deployment.get("status") or {}, deployment["spec"]
         wanted = int(spec.get("replicas", 1))
@@ -201,6 +202,8 @@ class StartupWait:
             and int(status.get("updatedReplicas") or 0) == wanted
             and int(status.get("replicas") or 0) == wanted
             and int(status.get("availableReplicas") or 0) == wanted
+            # The pods come on another watch: the report is about them.
+            and len(self._new_pods()) == wanted
         )
 
     def _judge(self, diagnosis: Diagnosis) -> None:
@@ -375,6 +378,7 @@ class StartupWait:
             self._absorb_line(message)
             return
         topic, event = message
+        self._listed.add(topic)
         if topic == "deployment":
             self._absorb_deployment(event)
         else:

@@ -1,0 +1,85 @@
+"""What a container of the cluster tests runs: behaves as its first argument says.
+
+`serve [SECONDS]` logs like vLLM, loads for SECONDS, then answers HTTP; `crash TEXT…` prints and exits with code 1;
+`crash-once FILE TEXT…` does so only the first time; `hang` never becomes ready.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+TOKENS = 50
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """`/health` is empty, `/stream` sends TOKENS chunks, `/bytes/N` N bytes, `/name` the pod's name."""
+        if self.path == "/stream":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for number in range(TOKENS):
+                self.chunk(f"data: {number}\n\n".encode())
+                time.sleep(0.002)
+            self.chunk(b"")
+        elif self.path.startswith("/bytes/"):
+            self.answer(bytes(int(self.path.removeprefix("/bytes/"))))
+        elif self.path == "/name":
+            self.answer(os.environ.get("SANDBOX_POD_NAME", "").encode())
+        else:
+            self.answer(b"")
+
+    def do_POST(self) -> None:
+        """Answers the number of bytes that came."""
+        self.answer(str(len(self.rfile.read(int(self.headers["Content-Length"])))).encode())
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        """Probes would fill the log."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+
+def serve(seconds: float) -> None:
+    print("(EngineCore pid=2) INFO [gpu_model_runner.py:68] Starting to load model x...", flush=True)
+    for shard in range(3):
+        print(f"Loading safetensors checkpoint shards: {50 * shard:3d}% Completed | {shard}/2", flush=True)
+        time.sleep(seconds / 3)
+    print(f"(EngineCore pid=2) INFO [default_loader.py:501] Loading weights took {max(seconds, 0.01):.2f} seconds")
+    print("INFO:     Application startup complete.", flush=True)
+    Server(("127.0.0.1", int(os.environ["SANDBOX_HOST_PORT"])), Handler).serve_forever()
+
+
+def main(mode: str, *arguments: str) -> None:
+    if mode == "crash-once" and Path(arguments[0]).exists():
+        mode, arguments = "serve", ()
+    elif mode == "crash-once":
+        Path(arguments[0]).touch()
+        mode, arguments = "crash", arguments[1:]
+    if mode == "serve":
+        serve(float(arguments[0]) if arguments else 0.0)
+    if mode == "crash":
+        print(*arguments, sep="\n", flush=True)
+        sys.exit(1)
+    time.sleep(3600)
+
+
+main(*sys.argv[1:])
