@@ -21,6 +21,12 @@ GROWTH = 2.0
 STEADY_STAGE = 4.0
 """A stage lasts at least this many typical answers, else it ends before the server is full."""
 
+REFINED_STAGE = 8.0
+"""A stage beside the knee lasts this many mean answers: slight overload shows only once all slots are taken."""
+
+REFINED_REQUESTS = 100
+"""…and has this many requests: at 100 the backlog's own noise is 2.5 % of the stage."""
+
 LONGEST_STAGE = 10.0
 """…but at most this many times `stage_duration_s`."""
 
@@ -112,11 +118,11 @@ def next_stage(spec: BenchmarkSpec, stages: Sequence[Stage]) -> PlannedStage | N
     Depends on its arguments alone, so a sweep that was interrupted continues where it stopped.
     """
     rate = next_rate(spec, stages)
-    return None if rate is None else PlannedStage(rate_per_s=rate, duration_s=_duration_s(spec, stages))
+    return None if rate is None else PlannedStage(rate_per_s=rate, duration_s=_duration_s(spec, stages, rate))
 
 
 def next_rate(spec: BenchmarkSpec, stages: Sequence[Stage]) -> float | None:
-    """Requests/s to offer next; None when the sweep is complete.
+    """Requests/s to offer next, in four digits unless given; None when the sweep is complete.
 
     Doubles until the server saturates, then asks just below and just above the rate that the saturated throughput
     stands for (and halves the bracket where that does not help), then repeats both sides.
@@ -132,7 +138,7 @@ def next_rate(spec: BenchmarkSpec, stages: Sequence[Stage]) -> float | None:
         return _higher_rate(spec, stages, curve)
     lower, upper = curve.knee.lower_rate_per_s, curve.knee.upper_rate_per_s
     if lower <= 0:
-        return upper / GROWTH
+        return _four_digits(upper / GROWTH)
     if upper / lower > 1 + spec.resolution * 1.01:
         return _refined_rate(spec, stages, lower, upper)
     return _repeated_rate(spec, stages, lower, upper)
@@ -142,7 +148,9 @@ def _higher_rate(spec: BenchmarkSpec, stages: Sequence[Stage], curve: Curve) -> 
     if any(point.client_limited for point in curve.points):
         return None  # more load than the client can make proves nothing about the server
     highest = max(stage.rate_per_s for stage in stages)
-    return None if highest >= spec.max_rate_per_s * 0.999 else min(highest * GROWTH, spec.max_rate_per_s)
+    if highest >= spec.max_rate_per_s * 0.999:
+        return None
+    return min(_four_digits(highest * GROWTH), spec.max_rate_per_s)
 
 
 def _refined_rate(spec: BenchmarkSpec, stages: Sequence[Stage], lower: float, upper: float) -> float:
@@ -151,8 +159,12 @@ def _refined_rate(spec: BenchmarkSpec, stages: Sequence[Stage], lower: float, up
     if estimate is not None:
         for candidate in (estimate / margin, estimate * margin):
             if lower * math.sqrt(margin) < candidate < upper / math.sqrt(margin):
-                return candidate
-    return math.sqrt(lower * upper)
+                return _four_digits(candidate)
+    return _four_digits(math.sqrt(lower * upper))
+
+
+def _four_digits(rate: float) -> float:
+    return float(f"{rate:.4g}")
 
 
 def _repeated_rate(spec: BenchmarkSpec, stages: Sequence[Stage], lower: float, upper: float) -> float | None:
@@ -163,11 +175,14 @@ def _repeated_rate(spec: BenchmarkSpec, stages: Sequence[Stage], lower: float, u
     return rate if times(rate) < spec.stages_per_side else None
 
 
-def _duration_s(spec: BenchmarkSpec, stages: Sequence[Stage]) -> float:
-    """`stage_duration_s`, or longer where answers take long: a stage must outlast the filling of the server."""
+def _duration_s(spec: BenchmarkSpec, stages: Sequence[Stage], rate: float) -> float:
+    """`stage_duration_s`, or longer where answers take long, or where few requests must decide about the knee."""
     plateau = plateau_ttft_s(stages)
-    answers = [stage.e2e_s.p50 for stage in stages if stage.e2e_s is not None and is_sustained(stage, plateau)]
-    longest = STEADY_STAGE * max(answers, default=0.0)
+    answers = [stage.e2e_s for stage in stages if stage.e2e_s is not None and is_sustained(stage, plateau)]
+    longest = STEADY_STAGE * max((answer.p50 for answer in answers), default=0.0)
+    if not spec.rates_per_s and stages and rate < max(stage.rate_per_s for stage in stages):
+        mean_s = max((answer.mean for answer in answers), default=0.0)
+        longest = max(longest, REFINED_STAGE * mean_s, REFINED_REQUESTS / rate)
     return min(max(spec.stage_duration_s, longest), LONGEST_STAGE * spec.stage_duration_s)
 
 

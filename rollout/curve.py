@@ -23,11 +23,15 @@ from pydantic import Field
 from rollout.stage import LatencyLimit, LatencyMetric, Percentile, Stage
 from rollout.values import Value
 
-FOLLOWS_AT_LEAST = 0.9
-"""Share of the offered tokens that a server which keeps up produces; 0.9: a short stage's noise is about 5 %."""
+FOLLOWS_AT_LEAST = 0.75
+"""Share of the offered tokens that a server which keeps up produces, less noise.
 
-FALLS_BEHIND_BY = 0.05
-"""Growth of the waiting time, in seconds per second of load, from which a server counts as overloaded."""
+Coarse on purpose, because long answers are still running at the end of a stage: it catches servers that take every
+request at once and slow down. Finer overload shows in the waiting times.
+"""
+
+FALLS_BEHIND_BY = 0.02
+"""Growth of the waiting time, in seconds per second of load, from which a server counts as overloaded; plus noise."""
 
 FAILED_SHARE_AT_MOST = 0.01
 
@@ -71,9 +75,9 @@ class Knee(Value):
     """The saturation point."""
 
     rate_per_s: float
-    """Best estimate; within [`lower_rate_per_s`, `upper_rate_per_s`]."""
+    """Best estimate, between the two below."""
     lower_rate_per_s: float
-    """Highest rate that was sustained; 0 if none was."""
+    """Highest rate that was sustained; 0 if none was. Less if the throughput contradicts it."""
     upper_rate_per_s: float
     """Lowest rate that was not sustained."""
     output_tokens_per_s: float
@@ -114,13 +118,14 @@ def is_sustained(stage: Stage, plateau_ttft_s: float | None) -> bool:
     """Whether the server kept up with the stage; `plateau_ttft_s` is the median TTFT without load."""
     if stage.failed_share > FAILED_SHARE_AT_MOST or stage.follows < _least_follows(stage):
         return False
-    return _falls_behind_by(stage, plateau_ttft_s) < FALLS_BEHIND_BY
+    # With n random arrivals the backlog near the end varies by about 0.25/√n of the stage; 0.4 is 1.6 times that.
+    tolerance = FALLS_BEHIND_BY + 0.4 / math.sqrt(max(1, stage.requests))
+    return _falls_behind_by(stage, plateau_ttft_s) < tolerance
 
 
 def _least_follows(stage: Stage) -> float:
-    """`FOLLOWS_AT_LEAST`, less the noise of a window that holds few answers: an answer more or less is no overload."""
-    answers = max(1.0, stage.requests * (2 / 3))
-    return FOLLOWS_AT_LEAST - min(0.4, 1 / math.sqrt(answers)) * (1 if stage.late_ttft_s is not None else 0)
+    """`FOLLOWS_AT_LEAST`, less the noise of few answers: one more or less is no overload."""
+    return FOLLOWS_AT_LEAST - 1 / math.sqrt(max(1, stage.requests))
 
 
 def _falls_behind_by(stage: Stage, plateau_ttft_s: float | None) -> float:
@@ -155,10 +160,10 @@ def build_curve(stages: Sequence[Stage], *, resolution: float = 0.1) -> Curve:
 
 def _judge(rate: float, stages: Sequence[Stage], plateau: float | None) -> CurvePoint:
     verdicts = [is_sustained(stage, plateau) for stage in stages]
-    tokens = sorted(stage.output_tokens_per_s for stage in stages)
+    tokens = [stage.output_tokens_per_s for stage in stages]
     return CurvePoint(
         rate_per_s=rate,
-        output_tokens_per_s=tokens[len(tokens) // 2],
+        output_tokens_per_s=_median(tokens),
         offered_output_tokens_per_s=stages[0].offered_output_tokens_per_s,
         # A tie counts as sustained: it takes a majority to call a server overloaded.
         sustained=2 * sum(verdicts) >= len(verdicts),
@@ -203,43 +208,62 @@ def _why_not_reached(points: Sequence[CurvePoint], lower: float) -> str:
 
 
 def saturation_rate(stages: Sequence[Stage], lower: float) -> float | None:
-    """Requests/s that the saturated server's throughput stands for; None without a saturated stage.
+    """Requests/s that the server's highest throughput stands for; None without a saturated stage.
 
-    The highest throughput among the overloaded stages counts: an engine that collapses under more load produces less.
+    While all its slots are taken, a server emits tokens at a rate that hardly depends on luck, so this is the better
+    estimate of the knee. The stages at `lower`, the highest sustained rate, count too: an engine that collapses
+    produces less under overload than there.
     """
     plateau = plateau_ttft_s(stages)
-    saturated = [s for s in stages if s.rate_per_s > lower and s.follows < 1 and not is_sustained(s, plateau)]
     # Refusals and errors are not throughput of a saturated engine.
-    rates = [s.rate_per_s * s.follows for s in saturated if s.failed_share <= FAILED_SHARE_AT_MOST]
-    return max(rates) if rates else None
+    working = [stage for stage in stages if stage.failed_share <= FAILED_SHARE_AT_MOST]
+    saturated = [s.rate_per_s * s.follows for s in working if s.rate_per_s > lower and not is_sustained(s, plateau)]
+    if not saturated:
+        return None
+    beside = [s.rate_per_s * min(1.0, s.follows) for s in working if math.isclose(s.rate_per_s, lower, rel_tol=1e-5)]
+    return max(*saturated, _median(beside) if beside else 0.0)
+
+
+def _median(values: Sequence[float]) -> float:
+    """The upper one of two."""
+    return sorted(values)[len(values) // 2]
 
 
 def _knee(points: Sequence[CurvePoint], lower: float, upper: float, stages: Sequence[Stage], resolution: float) -> Knee:
     estimate = saturation_rate(stages, lower)
     middle = math.sqrt(lower * upper) if lower else upper / 2
-    rate = min(max(estimate, lower), upper) if estimate is not None else middle
-    best = max(point.output_tokens_per_s for point in points)
-    width = upper / lower if lower else math.inf
-    contradicted = any(p.sustained != (p.rate_per_s <= lower) or not p.agree for p in points if not p.client_limited)
-    repeated = all(p.stages >= 2 for p in points if p.rate_per_s in (lower, upper))
-    if not lower:
-        confidence, reason = Confidence.LOW, f"even the lowest rate, {upper:.3g} requests/s, overloads the server"
-    elif width > 1.5 or (contradicted and not repeated):
-        confidence = Confidence.LOW
-        reason = "stages contradict one another" if width <= 1.5 else f"the bracket is a factor of {width:.2g} wide"
-    elif width > 1 + 1.5 * resolution or not repeated:
-        confidence = Confidence.MEDIUM
-        reason = "each side was measured once" if not repeated else f"the bracket is {width - 1:.0%} wide"
-    else:
-        confidence, reason = Confidence.HIGH, f"both sides were repeated, {width - 1:.0%} apart"
+    rate = min(estimate, upper) if estimate is not None else middle
+    confidence, reason = _confidence(points, lower, upper, rate, resolution)
+    tokens_per_request = stages[0].offered_output_tokens_per_s / stages[0].rate_per_s
     return Knee(
         rate_per_s=rate,
-        lower_rate_per_s=lower,
+        lower_rate_per_s=min(lower, rate),
         upper_rate_per_s=upper,
-        output_tokens_per_s=best,
+        output_tokens_per_s=rate * tokens_per_request,
         confidence=confidence,
         reason=reason,
     )
+
+
+def _confidence(
+    points: Sequence[CurvePoint], lower: float, upper: float, rate: float, resolution: float
+) -> tuple[Confidence, str]:
+    if not lower:
+        return Confidence.LOW, f"even the lowest rate, {upper:.3g} requests/s, overloads the server"
+    width = upper / lower
+    repeated = all(point.stages >= 2 for point in points if point.rate_per_s in (lower, upper))
+    contradicted = any(p.sustained != (p.rate_per_s <= lower) or not p.agree for p in points if not p.client_limited)
+    if width > 1.5:
+        return Confidence.LOW, f"the bracket is a factor of {width:.2g} wide"
+    if contradicted and not repeated:
+        return Confidence.LOW, "stages contradict one another"
+    if rate < lower / (1 + resolution):
+        return Confidence.MEDIUM, f"{lower:.3g} requests/s seemed to be sustained, but the throughput says less"
+    if not repeated:
+        return Confidence.MEDIUM, "each side was measured once"
+    if width > 1 + 1.5 * resolution:
+        return Confidence.MEDIUM, f"the bracket is {width - 1:.0%} wide"
+    return Confidence.HIGH, f"both sides were repeated, {width - 1:.0%} apart"
 
 
 def interpolate(stages: Sequence[Stage], rate_per_s: float, metric: LatencyMetric, percentile: Percentile) -> float:
@@ -274,7 +298,7 @@ def _pairs(stages: Sequence[Stage], metric: LatencyMetric, percentile: Percentil
         value = stage.latency_s(metric, percentile)
         if value is not None:
             values.setdefault(round(stage.rate_per_s, 6), []).append(value)
-    return [(rate, sorted(values[rate])[len(values[rate]) // 2]) for rate in sorted(values)]
+    return [(rate, _median(values[rate])) for rate in sorted(values)]
 
 
 def _crossing(pairs: Sequence[tuple[float, float]], limit: float) -> float:

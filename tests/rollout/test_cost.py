@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from rollout.cost import Price, PricingModel, list_price, price_for, token_cost
+from rollout.errors import BadInput
+
+TEN_DOLLARS = Price(usd_per_gpu_hour=36.0, source="test")  # one cent a second
+
+
+def test_the_quickstarts_two_equations() -> None:
+    cost = token_cost(TEN_DOLLARS, gpus=1, input_tokens_per_s=400, output_tokens_per_s=100)
+    # 0.01 / (400 / 4 + 100) = 50 micro-dollars
+    assert cost.usd_per_million_output_tokens == pytest.approx(50)
+    assert cost.usd_per_million_input_tokens == pytest.approx(12.5)
+
+
+def test_input_and_output_together_pay_the_gpus() -> None:
+    cost = token_cost(TEN_DOLLARS, gpus=8, input_tokens_per_s=300, output_tokens_per_s=70, output_to_input_ratio=3)
+    paid = cost.usd_per_million_input_tokens * 300e-6 + cost.usd_per_million_output_tokens * 70e-6
+    assert paid == pytest.approx(8 * 0.01)
+
+
+def test_the_quickstarts_example_of_one_h100_is_of_this_size() -> None:
+    # gpt-oss-20b on a3-highgpu-1g: 13335 output tokens/s at $0.035 per million, with spot prices as default.
+    price = list_price("nvidia-h100-80gb", "us-central1", PricingModel.SPOT)
+    assert price is not None
+    cost = token_cost(price, gpus=1, input_tokens_per_s=13335 * 226 / 195, output_tokens_per_s=13335)
+    assert cost.usd_per_million_output_tokens == pytest.approx(0.07, abs=0.04)
+
+
+@pytest.mark.parametrize(("tokens", "ratio"), [(0.0, 4.0), (10.0, 0.0), (10.0, -1.0)])
+def test_what_has_no_price_is_refused(tokens: float, ratio: float) -> None:
+    with pytest.raises(BadInput):
+        token_cost(
+            TEN_DOLLARS, gpus=1, input_tokens_per_s=tokens, output_tokens_per_s=tokens, output_to_input_ratio=ratio
+        )
+
+
+def test_list_prices_say_date_and_source_and_commitments_are_cheaper() -> None:
+    prices = [list_price("nvidia-h100-80gb", "europe-west4", model) for model in PricingModel]
+    amounts = [price.usd_per_gpu_hour for price in prices if price]
+    assert len(amounts) == 4
+    assert amounts[0] == max(amounts)
+    assert amounts[3] < amounts[2] < amounts[0]
+    assert all(price and price.as_of and price.source.startswith("https://") for price in prices)
+
+
+def test_the_targets_own_price_comes_first() -> None:
+    price = price_for("nvidia-h100-80gb", "us-central1", own_usd_per_gpu_hour=2.5)
+    assert (price.usd_per_gpu_hour, price.as_of) == (2.5, None)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "region", "model"),
+    [
+        ("nvidia-h100-80gb", "u-france-east1", PricingModel.ON_DEMAND),
+        ("nvidia-b200", "us-central1", PricingModel.ON_DEMAND),
+        ("nvidia-a100-80gb", "us-central1", PricingModel.COMMITMENT_1Y),
+    ],
+)
+def test_an_unknown_price_is_asked_for_and_never_invented(accelerator: str, region: str, model: PricingModel) -> None:
+    assert list_price(accelerator, region, model) is None
+    with pytest.raises(BadInput, match="gpu_usd_per_hour"):
+        price_for(accelerator, region, model)
