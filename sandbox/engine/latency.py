@@ -288,9 +288,11 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            missing = sequence.known_tokens - sequence.computed
+            # The inner loop of everything here: properties and calls would double its cost.
+            known = sequence.prompt_tokens + sequence.generated
+            missing = known - sequence.computed
             held = (sequence.private_blocks + len(sequence.shared_hashes)) * block_size
-            if sequence.known_tokens > held and not self._grow(sequence):
+            if known > held and not self._grow(sequence):
                 break  # it was itself the youngest, and is waiting again
             if missing == 1:
                 sequence.scheduled_tokens = 1
