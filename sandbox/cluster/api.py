@@ -36,6 +36,9 @@ _MERGE, _STRATEGIC = "application/merge-patch+json", "application/strategic-merg
 _JSON_PATCH, _APPLY = "application/json-patch+json", "application/apply-patch+yaml"
 _ALLOWED_REVIEW = ("authorization.k8s.io", "v1", "selfsubjectaccessreviews")
 
+_NAMED_VERBS = {"GET": "get", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+_COLLECTION_VERBS = {"GET": "list", "POST": "create", "DELETE": "deletecollection"}
+
 VERSION = {
     "major": "1",
     "minor": "36",
@@ -92,15 +95,25 @@ class Api:
             return web.json_response(error.status(), status=error.code)
 
     def _authenticate(self, request: web.Request) -> None:
-        if self._token is None:
-            return
+        """401 for a wrong token; without one a request is anonymous, and `_require_user` decides."""
         offered = request.headers.get("Authorization", "")
-        if not offered:
-            path = request.path
-            message = f'forbidden: User "system:anonymous" cannot {request.method.lower()} path "{path}"'
-            raise ApiError(403, "Forbidden", message, {})
-        if offered != f"Bearer {self._token}":
+        if self._token is not None and offered and offered != f"Bearer {self._token}":
             raise ApiError(401, "Unauthorized", "Unauthorized")
+
+    def _require_user(self, request: web.Request, at: Address | None) -> None:
+        if self._token is None or request.headers.get("Authorization"):
+            return
+        who = 'User "system:anonymous"'
+        if at is None:
+            message = f'forbidden: {who} cannot {request.method.lower()} path "{request.path}"'
+            raise ApiError(403, "Forbidden", message, {})
+        verbs = _NAMED_VERBS if at.name is not None else _COLLECTION_VERBS
+        verb, resource = verbs.get(request.method, request.method.lower()), at.resource
+        scope = f'in the namespace "{at.namespace}"' if at.namespace else "at the cluster scope"
+        head = errors.qualified(resource.group, resource.plural) + (f' "{at.name}"' if at.name else "")
+        message = f'{head} is forbidden: {who} cannot {verb} resource "{resource.plural}" in API group '
+        details = ({"name": at.name} if at.name else {}) | ({"group": resource.group} if resource.group else {})
+        raise ApiError(403, "Forbidden", f'{message}"{resource.group}" {scope}', details | {"kind": resource.plural})
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
         parts = [part for part in request.path.split("/") if part]
@@ -108,6 +121,8 @@ class Api:
             return web.Response(text="ok")
         if parts == ["version"]:
             return web.json_response(VERSION)
+        if parts[:1] in (["api"], ["apis"]) and len(parts) < (3 if parts[0] == "api" else 4):
+            self._require_user(request, None)
         if parts[:1] == ["api"]:
             return await self._in_group(request, "", parts[1:], ["v1"])
         if parts[:1] == ["apis"]:
@@ -149,14 +164,14 @@ class Api:
         return Address(resource, namespace, name, subresource, "/".join(path[3:]))
 
     async def _dispatch(self, request: web.Request, at: Address) -> web.StreamResponse:
+        self._require_user(request, at)
         if at.subresource in ("log", "portforward", "proxy"):
             return await self._connect(request, at)
         if at.subresource == "scale":
             return await self._scale(request, at)
         if at.name is None:
             return await self._collection(request, at)
-        verbs = {"GET": "get", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
-        verb = verbs.get(request.method)
+        verb = _NAMED_VERBS.get(request.method)
         if verb is None or verb not in at.resource.verbs or (at.subresource and verb == "delete"):
             raise errors.method_not_allowed()
         if verb == "get":
@@ -170,8 +185,7 @@ class Api:
         return await self._delete(request, at)
 
     async def _collection(self, request: web.Request, at: Address) -> web.StreamResponse:
-        verbs = {"GET": "list", "POST": "create", "DELETE": "deletecollection"}
-        verb = verbs.get(request.method)
+        verb = _COLLECTION_VERBS.get(request.method)
         if verb is None or verb not in at.resource.verbs:
             raise errors.method_not_allowed()
         if verb == "list":

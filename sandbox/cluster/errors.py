@@ -47,22 +47,23 @@ def _target(group: str, resource: str, name: str) -> dict[str, Any]:
     return {"name": name} | ({"group": group} if group else {}) | {"kind": resource}
 
 
-def _qualified(group: str, resource: str) -> str:
+def qualified(group: str, resource: str) -> str:
+    """`deployments.apps`, and plain `pods` for the core group."""
     return f"{resource}.{group}" if group else resource
 
 
 def not_found(group: str, resource: str, name: str) -> ApiError:
-    message = f'{_qualified(group, resource)} "{name}" not found'
+    message = f'{qualified(group, resource)} "{name}" not found'
     return ApiError(404, "NotFound", message, _target(group, resource, name))
 
 
 def already_exists(group: str, resource: str, name: str) -> ApiError:
-    message = f'{_qualified(group, resource)} "{name}" already exists'
+    message = f'{qualified(group, resource)} "{name}" already exists'
     return ApiError(409, "AlreadyExists", message, _target(group, resource, name))
 
 
 def conflict(group: str, resource: str, name: str, why: str) -> ApiError:
-    message = f'Operation cannot be fulfilled on {_qualified(group, resource)} "{name}": {why}'
+    message = f'Operation cannot be fulfilled on {qualified(group, resource)} "{name}": {why}'
     return ApiError(409, "Conflict", message, _target(group, resource, name))
 
 
@@ -76,10 +77,10 @@ def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> ApiError:
     """422: every broken rule as a cause, and all of them in the message."""
     rules = [f"{cause.field}: {cause.message}" for cause in causes]
     listed = rules[0] if len(rules) == 1 else f"[{', '.join(rules)}]"
-    qualified = f"{kind}.{group}" if group else kind
+    full_kind = f"{kind}.{group}" if group else kind
     details: dict[str, Any] = ({"name": name} if name else {}) | ({"group": group} if group else {}) | {"kind": kind}
     details["causes"] = [cause.as_dict() for cause in causes]
-    return ApiError(422, "Invalid", f'{qualified} "{name}" is invalid: {listed}', details)
+    return ApiError(422, "Invalid", f'{full_kind} "{name}" is invalid: {listed}', details)
 
 
 def bad_request(message: str) -> ApiError:
@@ -105,7 +106,7 @@ def gone(message: str) -> ApiError:
 
 def namespace_terminating(group: str, resource: str, name: str, namespace: str) -> ApiError:
     message = (
-        f'{_qualified(group, resource)} "{name}" is forbidden: unable to create new content in namespace '
+        f'{qualified(group, resource)} "{name}" is forbidden: unable to create new content in namespace '
         f"{namespace} because it is being terminated"
     )
     cause = Cause("NamespaceTerminating", f"namespace {namespace} is being terminated", "metadata.namespace")
