@@ -75,9 +75,9 @@ class Knee(Value):
     """The saturation point."""
 
     rate_per_s: float
-    """Best estimate, between the two below."""
+    """Best estimate; below `lower_rate_per_s` where a stage seemed sustained and the throughput says otherwise."""
     lower_rate_per_s: float
-    """Highest rate that was sustained; 0 if none was. Less if the throughput contradicts it."""
+    """Highest rate that was sustained; 0 if none was."""
     upper_rate_per_s: float
     """Lowest rate that was not sustained."""
     output_tokens_per_s: float
@@ -125,7 +125,7 @@ def is_sustained(stage: Stage, plateau_ttft_s: float | None) -> bool:
 
 def _least_follows(stage: Stage) -> float:
     """`FOLLOWS_AT_LEAST`, less the noise of few answers: one more or less is no overload."""
-    return FOLLOWS_AT_LEAST - 1 / math.sqrt(max(1, stage.requests))
+    return FOLLOWS_AT_LEAST - 2 / math.sqrt(max(1, stage.requests))
 
 
 def _falls_behind_by(stage: Stage, plateau_ttft_s: float | None) -> float:
@@ -231,13 +231,12 @@ def _median(values: Sequence[float]) -> float:
 
 def _knee(points: Sequence[CurvePoint], lower: float, upper: float, stages: Sequence[Stage], resolution: float) -> Knee:
     estimate = saturation_rate(stages, lower)
-    middle = math.sqrt(lower * upper) if lower else upper / 2
-    rate = min(estimate, upper) if estimate is not None else middle
+    rate = min(estimate, upper) if estimate is not None else math.sqrt((lower or upper / 4) * upper)
     confidence, reason = _confidence(points, lower, upper, rate, resolution)
     tokens_per_request = stages[0].offered_output_tokens_per_s / stages[0].rate_per_s
     return Knee(
         rate_per_s=rate,
-        lower_rate_per_s=min(lower, rate),
+        lower_rate_per_s=lower,
         upper_rate_per_s=upper,
         output_tokens_per_s=rate * tokens_per_request,
         confidence=confidence,

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout.benchmark import BenchmarkSpec, Environment, benchmark_report
+from rollout.clients.history import FolderHistory
+from rollout.errors import NotFound
+from rollout.history import CurveRecord, compare, keep, last_good, records_of
+from rollout.workload import workload_named
+from tests.rollout.curves import QueueServer
+
+
+class Memory:
+    """A store without a place."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Mapping[str, Any]] = {}
+
+    def read(self, key: str) -> Mapping[str, Any]:
+        return self.values[key]
+
+    def write(self, key: str, value: Mapping[str, Any]) -> None:
+        self.values[key] = value
+
+    def keys(self, prefix: str) -> Sequence[str]:
+        return [key for key in self.values if key.startswith(prefix)]
+
+
+def record(day: int, *, capacity: float = 10, good: bool = True, image: str = "a", model: str = "m") -> CurveRecord:
+    spec = BenchmarkSpec()
+    report = benchmark_report(
+        spec,
+        Environment(model=model, image=image),
+        QueueServer(capacity).sweep(spec),
+        started_at=datetime(2026, 11, day, tzinfo=UTC),
+        duration_s=60,
+    )
+    return CurveRecord(report=report, good=good, run_name=f"run-{day}")
+
+
+@pytest.fixture(params=["memory", "folder"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Memory | FolderHistory:
+    return Memory() if request.param == "memory" else FolderHistory(tmp_path / "curves")
+
+
+def test_records_come_back_whole_and_oldest_first(store: Memory | FolderHistory) -> None:
+    kept = [record(3), record(1, model="other"), record(2)]
+    for each in kept:
+        keep(store, each)
+    key = BenchmarkSpec().workload.key
+    assert [each.run_name for each in records_of(store, key)] == ["run-1", "run-2", "run-3"]
+    assert records_of(store, key, model="other") == [kept[1]]
+    assert records_of(store, workload_named("chatbot").key) == []
+
+
+def test_the_yardstick_is_the_youngest_good_record() -> None:
+    records = [record(1), record(2), record(3, good=False)]
+    found = last_good(records)
+    assert found is not None
+    assert found.run_name == "run-2"
+    earlier = last_good(records, before=datetime(2026, 11, 2, tzinfo=UTC))
+    assert earlier is not None
+    assert earlier.run_name == "run-1"
+    assert last_good([]) is None
+
+
+def test_a_comparison_names_what_changed_and_which_figures_got_worse() -> None:
+    comparison = compare(record(1, image="a"), record(2, image="b", capacity=5))
+    rows = {row["figure"]: row for row in comparison.table()}
+    assert comparison.changed == {"image": ("a", "b")}
+    assert rows["knee"]["change"].endswith("worse")
+    assert rows["knee"]["change"].startswith("-5")
+    assert any(name.startswith("TTFT p99") for name in rows)
+
+
+def test_equal_runs_do_not_differ() -> None:
+    comparison = compare(record(1), record(2))
+    assert comparison.changed == {}
+    assert {row.change for row in comparison.differences} == {0.0}
+
+
+def test_a_missing_curve_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no such curve"):
+        FolderHistory(tmp_path).read("a/b.json")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from rollout.cost import Price, token_cost
+from rollout.objectives import NoWorse, Objectives, Outcome, judge
+from rollout.stage import LatencyLimit, LatencyMetric, Percentile, Stage
+from tests.rollout.curves import QueueServer
+
+RATES = (1, 2, 4, 8, 9.6, 10.8, 16)
+
+
+def sweep(server: QueueServer, seed: int = 0) -> list[Stage]:
+    source = random.Random(seed)
+    return [server.stage(rate, source=source) for rate in RATES]
+
+
+STAGES = sweep(QueueServer(10))
+
+
+def ttft(limit_s: float, percentile: Percentile = Percentile.P90) -> LatencyLimit:
+    return LatencyLimit(metric=LatencyMetric.TTFT, percentile=percentile, limit_s=limit_s)
+
+
+def test_a_met_objective_states_limit_measured_and_margin() -> None:
+    verdict = judge(Objectives(latencies=(ttft(0.5),), max_failed_share=None), STAGES)
+    (row,) = verdict.rows
+    assert verdict.met
+    assert verdict.at_rate_per_s == pytest.approx(8)
+    assert (row.objective, row.limit) == ("TTFT p90", "≤ 500 ms")
+    assert row.measured.endswith(" ms")
+    assert row.margin.startswith("+")
+    assert verdict.summary() == "all 1 objectives are met at 8 requests/s"
+
+
+def test_a_miss_says_by_how_much() -> None:
+    verdict = judge(Objectives(latencies=(ttft(0.001),)), STAGES)
+    assert not verdict.met
+    assert [row.outcome for row in verdict.rows] == [Outcome.MISSED, Outcome.MET]
+    assert "TTFT p90 is" in verdict.summary()
+    assert "worse than 1 ms" in verdict.summary()
+
+
+def test_what_was_not_measured_is_not_met() -> None:
+    unmeasured_rate = judge(Objectives(at_rate_per_s=100, latencies=(ttft(10),)), STAGES)
+    assert unmeasured_rate.rows[0].outcome is Outcome.UNKNOWN
+    assert not unmeasured_rate.met
+    without_stages = judge(Objectives(latencies=(ttft(10),)), [])
+    assert {row.outcome for row in without_stages.rows} == {Outcome.UNKNOWN}
+
+
+def test_failed_requests_are_judged_up_to_the_rate_in_question() -> None:
+    failing = STAGES[2].model_copy(update={"failures": {"timeout": 12}, "first_failure": "no answer"})
+    past = STAGES[-1].model_copy(update={"failures": {"timeout": 400}})
+    assert judge(Objectives(), [*STAGES[:-1], past]).met
+    verdict = judge(Objectives(at_rate_per_s=8), [*STAGES[:2], failing, *STAGES[3:]])
+    assert not verdict.met
+    assert "no answer" in verdict.summary()
+
+
+def test_knee_throughput_cost_and_smoke_checks_are_limits_too() -> None:
+    price = Price(usd_per_gpu_hour=3.6, source="test")
+    cost = token_cost(price, gpus=1, input_tokens_per_s=0, output_tokens_per_s=1000)
+    objectives = Objectives(
+        min_knee_rate_per_s=9,
+        min_output_tokens_per_s=900,
+        max_usd_per_million_output_tokens=1.5,
+        smoke_checks=("chat", "tools"),
+    )
+    verdict = judge(objectives, STAGES, cost=cost, passed_checks=frozenset({"chat"}))
+    outcomes = {row.objective: row.outcome for row in verdict.rows}
+    assert outcomes == {
+        "failed requests": Outcome.MET,
+        "knee": Outcome.MET,
+        "output tokens/s": Outcome.MET,
+        "cost": Outcome.MET,
+        "smoke: chat": Outcome.MET,
+        "smoke: tools": Outcome.MISSED,
+    }
+    assert not judge(Objectives(max_usd_per_million_output_tokens=0.5), STAGES, cost=cost).met
+    assert not judge(Objectives(max_usd_per_million_output_tokens=0.5), STAGES).met
+
+
+def test_goodput_is_the_share_of_good_requests_at_the_rate() -> None:
+    stages = [s.model_copy(update={"goodput_per_s": 0.9 * s.requests_per_s}) for s in STAGES]
+    assert judge(Objectives(min_goodput_share=0.89), stages).met
+    assert not judge(Objectives(min_goodput_share=0.95), stages).met
+    assert not judge(Objectives(min_goodput_share=0.5), STAGES).met
+
+
+def test_request_limits_take_the_tightest_of_each_metric() -> None:
+    limits = Objectives(latencies=(ttft(0.5), ttft(0.2, Percentile.P50))).request_limits
+    assert limits.ttft_s == 0.2
+    assert limits.itl_s == float("inf")
+
+
+def test_the_same_server_measured_twice_is_not_worse() -> None:
+    for seed in range(20):
+        noisy = QueueServer(10, noise=0.02)
+        verdict = judge(Objectives(no_worse=NoWorse()), sweep(noisy, seed), baseline=sweep(noisy, seed + 100))
+        assert verdict.met, verdict.summary()
+
+
+@pytest.mark.parametrize(
+    ("worse", "word"),
+    [(QueueServer(5), "knee"), (QueueServer(10, base_ttft_s=0.2), "TTFT"), (QueueServer(10, base_itl_s=0.02), "ITL")],
+)
+def test_a_worse_server_is_found_and_named(worse: QueueServer, word: str) -> None:
+    verdict = judge(Objectives(no_worse=NoWorse()), sweep(worse), baseline=STAGES)
+    assert not verdict.met
+    assert any(row.objective.startswith(word) for row in verdict.misses)
+
+
+def test_the_first_rollout_has_nothing_to_be_compared_with() -> None:
+    verdict = judge(Objectives(no_worse=NoWorse()), STAGES)
+    assert verdict.met
+    assert verdict.rows[-1].measured == "no earlier curve of this workload"
