@@ -44,6 +44,7 @@ class Category(StrEnum):
     CONTEXT_TOO_LONG = "context too long"
     KV_CACHE_TOO_SMALL = "KV cache too small"
     GPU_OUT_OF_MEMORY = "GPU out of memory"
+    TOO_FEW_GPUS = "too few GPUs"
     GPU_DRIVER = "GPU driver"
     OUT_OF_MEMORY = "out of memory"
     EPHEMERAL_STORAGE = "ephemeral storage"
@@ -624,6 +625,13 @@ _RULES: tuple[_Rule, ...] = (
         r"|Free memory on device (?:\S+ )?\((?P<free>[\d./]+ GiB)\) on startup is less than desired)",
         "The GPU has too little memory for the model.",
         _fit_gpu,
+    ),
+    _rule(
+        Category.TOO_FEW_GPUS,
+        "log pod",
+        r"World size \((?P<wanted>\d+)\) is larger than the number of available GPUs \((?P<available>\d+)\)",
+        "vLLM is to run on {wanted} GPUs, and the pod has {available}.",
+        lambda match, _: f"Set serving.accelerator.count to {match['wanted']}, or serving.tensor_parallel_size to fit.",
     ),
     _rule(
         Category.GPU_DRIVER,

@@ -106,10 +106,10 @@ class PortForward:
                 task = asyncio.current_task()
                 assert task is not None
                 connections.add(task)
-                try:
+                # Cancelled only by the end of the block below: nobody is left to be told.
+                with contextlib.suppress(asyncio.CancelledError):
                     await self._relay(session, reader, writer)
-                finally:
-                    connections.discard(task)
+                connections.discard(task)
 
             server = await asyncio.start_server(accept, "127.0.0.1", 0, backlog=1024)
             self._port = server.sockets[0].getsockname()[1]

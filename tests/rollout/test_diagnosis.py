@@ -249,6 +249,11 @@ MESSAGES = [
         "serving.gpu_memory_utilization",
     ),
     (
+        Category.TOO_FEW_GPUS,
+        crashed("RuntimeError: World size (2) is larger than the number of available GPUs (1) in this node."),
+        "Set serving.accelerator.count to 2",
+    ),
+    (
         Category.GPU_DRIVER,
         crashed("RuntimeError: CUDA driver version is insufficient for CUDA runtime version"),
         "release_channel: rapid",
