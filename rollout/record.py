@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rollout import objectives
 from rollout.benchmark import BenchmarkReport
 from rollout.errors import ExitCode
+from rollout.objectives import Verdict as ObjectivesVerdict
 from rollout.plan import RolloutPlan
 from rollout.report import SCHEMA_VERSION, Action, Change, StepReport
 from rollout.smoke import SmokeReport
@@ -70,7 +70,7 @@ class RolloutReport(Value):
     """The start-up waterfall: seconds per phase, bytes per second of loading."""
     smoke: SmokeReport | None = None
     benchmark: BenchmarkReport | None = None
-    objectives: objectives.Verdict | None = None
+    objectives: ObjectivesVerdict | None = None
     teardown: TeardownReport | None = None
 
     @property

@@ -49,9 +49,8 @@ class EmbeddedCloud:
         self.kubernetes = KubernetesServer(
             root=self.root / "cluster",
             tls=True,
-            storage_url=self.storage_url,
-            hub_url=self.hub_url,
             identity_of=self.google.workload_identity,
+            environment={"STORAGE_EMULATOR_HOST": self.storage_url, "HF_ENDPOINT": self.hub_url},
             **self._cluster_settings,
         ).start()
         self.google.connect_cluster(endpoint=f"127.0.0.1:{self.kubernetes.port}", ca_pem=self.kubernetes.ca_pem)
