@@ -182,6 +182,11 @@ _PERMISSION = re.compile(r"['\"](?P<permission>[a-zA-Z]+\.[a-zA-Z]+\.[a-zA-Z]+)[
 
 def _classify_denial(message: str, info: Mapping[str, Any], where: str) -> RolloutError:
     metadata = info.get("metadata", {})
+    # First: Google gives a missing quota project the reason SERVICE_DISABLED too, and names a project of its own.
+    if "quota project" in message:
+        return PermissionMissing(
+            message, where=where, resolution="gcloud config set billing/quota_project PROJECT, then log in again."
+        )
     if info.get("reason") == "SERVICE_DISABLED":
         service = metadata.get("service", "the API")
         project = metadata.get("consumer", "projects/PROJECT").rpartition("/")[2]
@@ -189,10 +194,6 @@ def _classify_denial(message: str, info: Mapping[str, Any], where: str) -> Rollo
             f"{service} is not enabled in project {project}.",
             where=where,
             resolution=f"gcloud services enable {service} --project={project}",
-        )
-    if "quota project" in message:
-        return PermissionMissing(
-            message, where=where, resolution="gcloud config set billing/quota_project PROJECT, then log in again."
         )
     if "nsufficient regional quota" in message or "uota exceeded" in message:
         return QuotaExceeded(

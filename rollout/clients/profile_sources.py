@@ -1,0 +1,130 @@
+"""Profiles that are at hand: rollout records, kept curves and benchmark files, in folders or in the target's bucket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rollout.benchmark import BenchmarkReport
+from rollout.clients.history import BucketHistory
+from rollout.clients.records import RecordStore
+from rollout.cost import Price, PricingModel, price_for
+from rollout.errors import BadInput
+from rollout.history import CurveRecord
+from rollout.profile_formats import read_benchmarks_csv
+from rollout.profiles import MeasuredOn, Profile, ProfileQuery, StaticSource, measured_profile
+from rollout.record import RolloutReport
+from rollout.target import Target
+
+DEFAULT_HISTORY = Path("out")
+"""Where the rehearsal and the command line leave their records."""
+
+_DEPTH = ("*.json", "*/*.json", "*/*/*.json")
+"""`out/report.json`, `out/rehearsal/report.json` and kept curves `out/history/<workload>/<time>.json`."""
+
+
+def local_history(folder: Path, query: ProfileQuery, *, region: str | None = None) -> StaticSource:
+    """Every benchmark in a folder: rollout records and kept curves. Other JSON files are passed over.
+
+    `region` is where list prices are taken from for what does not say where it ran.
+    """
+    profiles: list[Profile] = []
+    notes: list[str] = []
+    paths = sorted({path for pattern in _DEPTH for path in folder.glob(pattern)}) if folder.is_dir() else []
+    for path in paths:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # not ours: a folder of records may hold other things
+        if not isinstance(data, dict) or not ({"benchmark", "report"} & data.keys()):
+            continue
+        try:
+            profiles += _profiles_of(data, str(path), query, region)
+        except (ValidationError, BadInput) as error:
+            notes.append(f"{path} was left out: {str(error).splitlines()[0]}")
+    return StaticSource(str(folder), _distinct(profiles), notes)
+
+
+def bucket_history(target: Target, query: ProfileQuery) -> StaticSource:
+    """Every benchmark that rollouts to this target kept in its bucket."""
+    profiles: list[Profile] = []
+    for report in RecordStore(target).read_all():
+        profiles += _of_record(report, f"gs://{target.bucket} {report.run_id}", query)
+    store = BucketHistory(target)
+    for key in store.keys(""):
+        profiles += _profiles_of(store.read(key), f"gs://{target.bucket} {key}", query, target.region)
+    return StaticSource(f"gs://{target.bucket}", _distinct(profiles))
+
+
+def benchmark_file(path: Path, query: ProfileQuery) -> StaticSource:
+    """A CSV of `benchmarks list`, or a JSON file with a benchmark of ours. Raises BadInput for anything else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read the file: {error.strerror}.", where=str(path)) from error
+    if path.suffix == ".json":
+        try:
+            return StaticSource(str(path), tuple(_profiles_of(json.loads(text), str(path), query, None)))
+        except (ValueError, ValidationError) as error:
+            raise BadInput(f"not a benchmark: {str(error).splitlines()[0]}", where=str(path)) from error
+    return StaticSource(str(path), read_benchmarks_csv(text, name=str(path), pricing=query.pricing_model))
+
+
+def _profiles_of(data: Mapping[str, Any], name: str, query: ProfileQuery, region: str | None) -> Iterator[Profile]:
+    if "run_id" in data:
+        yield from _of_record(RolloutReport.model_validate(data), name, query)
+        return
+    report = CurveRecord.model_validate(data).report if "report" in data else BenchmarkReport.model_validate(data)
+    price = _list_price(report.environment.accelerator, region, query.pricing_model)
+    on = MeasuredOn(name=name, price=price, pricing_model=query.pricing_model)
+    yield measured_profile(report, on, output_to_input_ratio=query.output_to_input_ratio)
+
+
+def _of_record(report: RolloutReport, name: str, query: ProfileQuery) -> Iterator[Profile]:
+    if report.benchmark is None or report.plan is None:
+        return
+    serving, target = report.plan.serving, report.plan.target
+    try:
+        price: Price | None = price_for(
+            serving.accelerator.type,
+            target.region,
+            query.pricing_model,
+            own_usd_per_gpu_hour=target.gpu_usd_per_hour,
+        )
+    except BadInput:
+        price = None
+    on = MeasuredOn(
+        name=name,
+        instance_type=serving.accelerator.machine_type,
+        replicas=serving.replicas,
+        price=price,
+        pricing_model=query.pricing_model,
+    )
+    profile = measured_profile(report.benchmark, on, output_to_input_ratio=query.output_to_input_ratio)
+    yield profile.model_copy(update={"model": report.plan.model.repo_id})
+
+
+def _list_price(accelerator: str, region: str | None, pricing: PricingModel) -> Price | None:
+    try:
+        return price_for(accelerator, region or default_region(accelerator), pricing)
+    except BadInput:
+        return None
+
+
+def default_region(accelerator: str) -> str:
+    """The quickstart's region of prices: us-east5, and us-central1 for A3 machines."""
+    return "us-central1" if accelerator.startswith(("nvidia-h100", "nvidia-h200")) else "us-east5"
+
+
+def _distinct(profiles: Iterable[Profile]) -> tuple[Profile, ...]:
+    """A rerun that measured nothing anew repeats the stages of the run before: one profile is enough."""
+    seen: dict[str, Profile] = {}
+    for profile in profiles:
+        seen.setdefault(
+            profile.model_copy(update={"source": profile.source.model_copy(update={"name": ""})}).digest(), profile
+        )
+    return tuple(seen.values())

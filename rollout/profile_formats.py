@@ -1,0 +1,246 @@
+"""Profiles as text, and from text: the quickstart's table, gcloud's CSV (written and read), JSON and YAML."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
+from enum import StrEnum
+
+import yaml
+
+from rollout.accelerators import ACCELERATORS
+from rollout.cost import PricingModel
+from rollout.errors import BadInput
+from rollout.profiles import (
+    BENCHMARK_COLUMNS,
+    OUR_BENCHMARK_COLUMNS,
+    OUR_COLUMNS,
+    PROFILE_COLUMNS,
+    Column,
+    Evidence,
+    Gap,
+    LoadPoint,
+    Profile,
+    ProfileList,
+    Row,
+    Source,
+    UseCase,
+)
+
+LIST_COLUMNS = (*PROFILE_COLUMNS, *OUR_COLUMNS)
+BENCHMARK_LIST_COLUMNS = (*BENCHMARK_COLUMNS, *OUR_BENCHMARK_COLUMNS)
+
+
+class Format(StrEnum):
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    YAML = "yaml"
+
+
+_GCLOUD_NAMES = {"profile": Format.TABLE, "csvprofile": Format.CSV}
+
+_PRICING_NAMES = {"1-year-cud": PricingModel.COMMITMENT_1Y, "3-years-cud": PricingModel.COMMITMENT_3Y}
+
+
+def format_named(name: str) -> Format:
+    """By our name or gcloud's (`profile`, `csvprofile`)."""
+    try:
+        return _GCLOUD_NAMES.get(name) or Format(name)
+    except ValueError:
+        known = ", ".join((*Format, *_GCLOUD_NAMES))
+        raise BadInput(f"there is no format {name!r}.", where="--format", resolution=f"Known are {known}.") from None
+
+
+def pricing_named(name: str) -> PricingModel:
+    """By our name or gcloud's (`1-year-cud`, `3-years-cud`)."""
+    try:
+        return _PRICING_NAMES.get(name) or PricingModel(name)
+    except ValueError:
+        known = ", ".join((*PricingModel, *_PRICING_NAMES))
+        raise BadInput(
+            f"there is no pricing model {name!r}.", where="--pricing-model", resolution=f"Known are {known}."
+        ) from None
+
+
+def render_rows(rows: Sequence[Row], columns: Sequence[Column], form: Format) -> str:
+    """The rows in that form, with a line break at the end."""
+    if form is Format.TABLE:
+        return text_table([column.header for column in columns], [[c.text(row) for c in columns] for row in rows])
+    if form is Format.CSV:
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(column.csv_header for column in columns)
+        writer.writerows([column.text(row) for column in columns] for row in rows)
+        return out.getvalue()
+    return render_data([{column.key: column.value(row) for column in columns} for row in rows], form)
+
+
+def render_data(data: Sequence[Mapping[str, object]], form: Format) -> str:
+    """Plain records in any form; all records have the keys of the first."""
+    if form is Format.JSON:
+        return json.dumps(list(data), indent=2, ensure_ascii=False) + "\n"
+    if form is Format.YAML:
+        return yaml.safe_dump([dict(each) for each in data], sort_keys=False, allow_unicode=True, width=120)
+    header = list(data[0]) if data else []
+    cells = [["" if value is None else str(value) for value in each.values()] for each in data]
+    if form is Format.TABLE:
+        return text_table([name.replace("_", " ").title() for name in header], cells)
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([header, *cells])
+    return out.getvalue()
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, two blanks apart, as gcloud prints them."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def render_gaps(found: Sequence[Gap]) -> str:
+    """Predictions beside measurements, one line for each figure; empty without any."""
+    rows = [
+        [
+            gap.prediction.model,
+            f"{gap.prediction.accelerator_count} x {gap.prediction.accelerator}",
+            label,
+            f"{predicted:.4g}",
+            f"{measured:.4g}",
+            f"{share:+.0%}",
+            _named(gap.prediction),
+            _named(gap.measurement),
+        ]
+        for gap in found
+        for label, predicted, measured, share in gap.differences()
+    ]
+    header = ["Model", "Accelerator", "Figure", "Predicted", "Measured", "Difference", "Prediction", "Measurement"]
+    return text_table(header, rows) if rows else ""
+
+
+def render_use_cases(found: Sequence[UseCase], form: Format) -> str:
+    """The quickstart's table of use cases: input and output tokens, ratio, description."""
+    rows = [
+        {
+            "use_case": each.name,
+            "input_tokens": each.input_tokens,
+            "output_tokens": each.output_tokens,
+            "ratio": each.ratio,
+            "description": each.description,
+        }
+        for each in found
+    ]
+    return render_data(rows, form)
+
+
+def render_list(found: ProfileList, form: Format, columns: Sequence[Column] = LIST_COLUMNS) -> str:
+    """Rows, and in a table also predictions beside measurements and the notes."""
+    text = render_rows(found.rows, columns, form)
+    if form is not Format.TABLE:
+        return text
+    compared = render_gaps(found.gaps)
+    notes = "".join(f"Note: {note}\n" for note in found.notes)
+    return "\n".join(part for part in (text if found.rows else "", compared, notes) if part)
+
+
+def _named(profile: Profile) -> str:
+    day = f", {profile.source.as_of}" if profile.source.as_of else ""
+    return f"{profile.source.name} {profile.model_server_version}{day}"
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+_REQUIRED = ("Accelerator Type", "Model Name", "Model Server Name", "Output Tokens/s")
+
+
+def read_benchmarks_csv(text: str, *, name: str, pricing: PricingModel | None = None) -> tuple[Profile, ...]:
+    """Profiles from the CSV of `benchmarks list`, ours or gcloud's: one for each server on each instance type.
+
+    `pricing` is the pricing model that the file was made with, since gcloud's CSV does not say. Raises BadInput with
+    the number of the line that cannot be read.
+    """
+    reader = csv.DictReader(io.StringIO(text))
+    missing = [column for column in _REQUIRED if column not in (reader.fieldnames or ())]
+    if missing:
+        raise BadInput(
+            f"no column {', '.join(map(repr, missing))}.",
+            where=name,
+            resolution="Save it with: gcloud container ai profiles benchmarks list … > FILE",
+        )
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for number, line in enumerate(reader, 2):
+        if None in line.values() or None in line:
+            raise BadInput(f"line {number} does not have the header's columns.", where=name)
+        row = {column: value.strip() for column, value in line.items()}
+        groups.setdefault(tuple(row.get(column, "") for column in _IDENTITY), []).append(row | {"": str(number)})
+    return tuple(_profile_of(rows, name, pricing) for rows in groups.values())
+
+
+_IDENTITY = (
+    *("Instance Type", "Accelerator Type", "Model Name", "Model Server Name", "Model Server Version"),
+    *("Accelerator Count", "Use Case", "Serving Stack", "Pricing Model", "Evidence", "Source", "Date"),
+)
+
+_POINT_COLUMNS = {
+    "output_tokens_per_s": "Output Tokens/s",
+    "ntpot_ms": "NTPOT (ms)",
+    "ttft_ms": "TTFT (ms)",
+    "itl_ms": "ITL (ms)",
+    "requests_per_s": "QPS",
+    "input_tokens_per_s": "Input Tokens/s",
+    "running_requests": "Running Requests",
+    "usd_per_million_input_tokens": "Cost/M Input Tokens",
+    "usd_per_million_output_tokens": "Cost/M Output Tokens",
+}
+
+
+def _profile_of(rows: Sequence[Mapping[str, str]], name: str, pricing: PricingModel | None) -> Profile:
+    first = rows[0]
+    instance, accelerator = first.get("Instance Type", ""), first["Accelerator Type"]
+
+    def stated(column: str) -> str | None:
+        value = first.get(column, "")
+        return None if value in ("", "N/A") else value
+
+    written, pricing_text, day = stated("Evidence"), stated("Pricing Model"), stated("Date")
+    return Profile(
+        model=first["Model Name"],
+        model_server=first["Model Server Name"],
+        model_server_version=stated("Model Server Version") or "",
+        accelerator=accelerator,
+        accelerator_count=int(stated("Accelerator Count") or accelerators_of(instance, accelerator)),
+        instance_type=instance,
+        serving_stack=stated("Serving Stack"),
+        use_case=stated("Use Case"),
+        pricing_model=pricing_named(pricing_text) if pricing_text else pricing,
+        points=tuple(_point_of(row, name) for row in rows),
+        source=Source(
+            name=stated("Source") or name,
+            evidence=Evidence(written) if written else Evidence.PREDICTION,
+            as_of=date.fromisoformat(day) if day else None,
+        ),
+    )
+
+
+def _point_of(row: Mapping[str, str], name: str) -> LoadPoint:
+    values: dict[str, float] = {}
+    for field, column in _POINT_COLUMNS.items():
+        text = row.get(column, "")
+        if text in ("", "N/A"):
+            continue
+        try:
+            values[field] = float(text)
+        except ValueError:
+            raise BadInput(f"line {row['']}: {column} is {text!r}, not a number.", where=name) from None
+    if "output_tokens_per_s" not in values:
+        raise BadInput(f"line {row['']}: Output Tokens/s is missing.", where=name)
+    return LoadPoint.model_validate(values)
+
+
+def accelerators_of(instance: str, accelerator: str) -> int:
+    """How many accelerators an instance type has; 1 where it is not known."""
+    known = ACCELERATORS.get(accelerator)
+    return next((m.accelerators for m in known.machines if m.type == instance), 1) if known else 1
