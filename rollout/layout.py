@@ -15,7 +15,7 @@ from typing import Any
 
 from rollout.errors import LayoutInvalid
 from rollout.selection import RESERVED_FOLDER
-from rollout.transfer import READY_MARKER
+from rollout.transfer import WORK_FOLDER
 from rollout.values import Value
 from rollout.vllm_architectures import ARCHITECTURES, VLLM_VERSION
 
@@ -354,7 +354,7 @@ class _Checker:
         return ""
 
     def _check_foreign(self) -> None:
-        unfinished = [path for path in self._sizes if path.startswith(RESERVED_FOLDER) and path != READY_MARKER]
+        unfinished = [path for path in self._sizes if path.startswith(WORK_FOLDER)]
         if unfinished:
             self._warn(unfinished[0], f"a transfer is going on or was left unfinished ({len(unfinished)} objects).")
         folders: dict[str, list[str]] = {}
@@ -385,5 +385,5 @@ def nearest_path(uri: str, candidates: Sequence[str]) -> str | None:
     """Of the paths that hold a model, the one that was probably meant: below, then above, then the most alike."""
     below = sorted((path for path in candidates if path.startswith(f"{uri}/")), key=len)
     above = sorted((path for path in candidates if uri.startswith(f"{path}/")), key=len, reverse=True)
-    alike = difflib.get_close_matches(uri, candidates, n=1, cutoff=0.5)
+    alike = difflib.get_close_matches(uri, candidates, n=1, cutoff=0.0)
     return next(iter([*below, *above, *alike]), None)

@@ -34,6 +34,10 @@ READY_MARKER = f"{RESERVED_FOLDER}ready.json"
 """Below the model path; written last. Who finds it, and in it the objects of the listing, has the proof."""
 
 
+WORK_FOLDER = f"{RESERVED_FOLDER}transfer/"
+"""Below the model path: claims and files on their way; empty once a transfer has finished."""
+
+
 class Route(StrEnum):
     STREAM = "stream"
     """From the hub straight into the bucket, through memory."""

@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin
 
@@ -96,12 +97,31 @@ class HubClient:
     def resolve_url(self, pinned: PinnedModel, path: str) -> str:
         return f"{self.endpoint}/{pinned.repo_id}/resolve/{pinned.commit_sha}/{quote(path)}"
 
+    def download(self, pinned: PinnedModel, file: ModelFile, folder: Path) -> None:
+        """Fetch one file below `folder` with huggingface_hub: what is in xet comes through hf_xet.
+
+        Raises:
+            TransferFailed: it does not arrive.
+        """
+
+        def mapped() -> None:
+            try:
+                self._api.hf_hub_download(pinned.repo_id, file.path, revision=pinned.commit_sha, local_dir=folder)
+            except (hf.HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError) as error:
+                # hf_xet raises RuntimeError.
+                raise transient(f"huggingface_hub could not fetch {file.path} ({type(error).__name__}).") from None
+
+        with_retries(mapped, attempts=METADATA_ATTEMPTS)
+
     @contextlib.contextmanager
     def get(self, url: str, byte_range: str) -> Iterator[HttpResponse]:
         """GET with the token if, and only if, `url` is on the hub's own origin. Redirects are not followed."""
-        headers = self._headers() if origin(url) == origin(self.endpoint) else _anonymous_headers()
-        with self.pool.request("GET", url, headers | {"Range": byte_range}) as response:
+        with self.pool.request("GET", url, self.headers_for(url) | {"Range": byte_range}) as response:
             yield response
+
+    def headers_for(self, url: str) -> dict[str, str]:
+        """Headers for a GET: with the token only to the hub's own origin."""
+        return self._headers() if origin(url) == origin(self.endpoint) else _anonymous_headers()
 
     def refuse(self, response: HttpResponse, pinned: PinnedModel) -> errors.RolloutError:
         """The error for a status of 400 or more from the hub itself."""
@@ -222,6 +242,23 @@ class HubFile:
             url = location
             if origin(url) != origin(self._hub.endpoint):
                 link = self._remember(url)
+        raise errors.TransferFailed("the hub redirects in a circle.", where=self.where)
+
+    def address(self) -> tuple[str, dict[str, str]]:
+        """Where the file's bytes are now, and the headers to ask with; without the token if that is another origin.
+
+        Raises:
+            TransientError, RepositoryGated, RepositoryNotFound, TransferFailed.
+        """
+        url = self._hub.resolve_url(self._pinned, self._file.path)
+        for _ in range(_MAX_REDIRECTS):
+            with self._hub.get(url, "bytes=0-0") as response:
+                location = self._redirected_to(url, response)
+                if location is None:
+                    if response.status >= 400:
+                        raise self._hub.refuse(response, self._pinned)
+                    return url, self._hub.headers_for(url)
+            url = location
         raise errors.TransferFailed("the hub redirects in a circle.", where=self.where)
 
     def _remember(self, link: str) -> str:

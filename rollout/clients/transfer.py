@@ -3,8 +3,9 @@
 What lies below a model path while and after weights are moved:
 
     config.json, model-….safetensors, …      final names: only ever given to proven objects
-    .llm-rollout/writer.json                 the claim of the run that is writing (`rollout.clients.claim`)
-    .llm-rollout/incoming/<digest>.<part>    a file on its way; its metadata says whether it is proven
+    .llm-rollout/transfer/writer.json        the claim of the run that is writing (`rollout.clients.claim`)
+    .llm-rollout/transfer/incoming/<digest>.<part bytes>
+                                             a file on its way; its metadata says whether it is proven
     .llm-rollout/ready.json                  the ready marker with the provenance, written last
 
 A live model path stays whole: nothing is given its final name before *every* file of the new commit is proven. Then
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from importlib.metadata import version
 
@@ -32,10 +33,10 @@ from rollout.clients.uploads import ArrivedPart, Upload, Uploader
 from rollout.errors import AnotherWriter, TransferFailed
 from rollout.model import ModelFile, PinnedModel
 from rollout.report import Action, Change, StepStatus, utc_now
-from rollout.selection import RESERVED_FOLDER
 from rollout.target import Target
 from rollout.transfer import (
     READY_MARKER,
+    WORK_FOLDER,
     FileReport,
     Progress,
     Provenance,
@@ -51,8 +52,9 @@ from rollout.transfer import (
 )
 from rollout.values import content_digest
 
-_INCOMING = f"{RESERVED_FOLDER}incoming/"
+_INCOMING = f"{WORK_FOLDER}incoming/"
 _MOVES_AT_ONCE = 8
+_TICK_S = 0.5
 _ATTEMPTS = 6
 """Of listings and abortions: with back-off from 0.5 s about 15 s."""
 
@@ -91,7 +93,7 @@ def publish_weights(
     before = place.look()
     if before.marker is not None and before.marker.proves(pinned, before.by_path):
         return _unchanged(run, before.marker, started_at)
-    claim = Claim(place.storage, f"{place.prefix}{RESERVED_FOLDER}writer.json", ttl_s=run.spec.claim_ttl_s)
+    claim = Claim(place.storage, f"{place.prefix}{WORK_FOLDER}writer.json", ttl_s=run.spec.claim_ttl_s)
     claim.acquire()
     try:
         files = run.move(pinned.files, on_progress, claim, sweep=True)
@@ -121,7 +123,7 @@ def publish_shard(
     """
     run = _Run(pinned, target, spec or TransferSpec(), token)
     started_at = time.monotonic()
-    name = f"{run.place.prefix}{RESERVED_FOLDER}writer-{index}-of-{count}.json"
+    name = f"{run.place.prefix}{WORK_FOLDER}writer-{index}-of-{count}.json"
     claim = Claim(run.place.storage, name, ttl_s=run.spec.claim_ttl_s)
     claim.acquire()
     try:
@@ -285,7 +287,8 @@ class _Run:
             unfinished = _uploads(uploader, f"{self.place.prefix}{_INCOMING}")
             if sweep:
                 self._removed = self._sweep(uploader, view, unfinished)
-            self._jobs = tuple(self._make_jobs(todo, view, uploader, unfinished))
+            sources = self._sources(todo, claim)
+            self._jobs = tuple(self._make_jobs(todo, sources, view, uploader, unfinished))
             found_bytes = sum(proof.size_bytes for proof in proofs.values())
 
             def tick() -> None:
@@ -338,10 +341,14 @@ class _Run:
         return _remove(self.place.storage, uploader, objects, uploads)
 
     def _make_jobs(
-        self, files: Sequence[ModelFile], view: View, uploader: Uploader, unfinished: Iterable[Upload]
+        self,
+        files: Sequence[ModelFile],
+        sources: Mapping[str, ByteSource],
+        view: View,
+        uploader: Uploader,
+        unfinished: Iterable[Upload],
     ) -> Iterable[Job]:
         uploads = _first_by_name(unfinished)
-        sources = self._sources(files)
         for file in files:
             name = self.place.incoming_name(file, self.spec)
             upload = uploads.get(name)
@@ -358,10 +365,14 @@ class _Run:
                 assembled=view.by_path.get(name.removeprefix(self.place.prefix)),
             )
 
-    def _sources(self, files: Sequence[ModelFile]) -> Mapping[str, ByteSource]:
+    def _sources(self, files: Sequence[ModelFile], claim: Claim) -> Mapping[str, ByteSource]:
         if self.spec.route is Route.STREAM:
             return {file.path: self._hub.open(self.pinned, file) for file in files}
-        folder = stage_files(self.pinned, files, self._hub, self.spec)
+        with ThreadPoolExecutor(1) as thread:
+            staging = thread.submit(stage_files, self.pinned, files, self._hub, self.spec)
+            while wait([staging], timeout=_TICK_S).not_done:
+                claim.renew_if_due()
+        folder = staging.result()
         return {file.path: DiskFile(folder / file.path) for file in files}
 
     def _file_report(self, job: Job) -> FileReport:
@@ -408,8 +419,7 @@ def _digest(file: ModelFile) -> str:
 
 def _is_temporary(name: str) -> bool:
     """Whether an object is one of ours that a finished transfer does not leave behind."""
-    path = f"/{name}"
-    return f"/{RESERVED_FOLDER}" in path and not path.endswith(f"/{READY_MARKER}")
+    return f"/{WORK_FOLDER}" in f"/{name}"
 
 
 def _leftovers(target: Target, prefix: str, *, remove: bool) -> tuple[Change, ...]:
