@@ -65,11 +65,31 @@ def _acts(out: Path, target_file: Path, started: float) -> ExitCode:
     # Imported here: Prefect reads its settings, the server's address among them, when it is imported.
     from flows.rollout_model import rollout_model
     from flows.teardown_model import teardown_model
+    from rollout.benchmark import BenchmarkSpec
+    from rollout.objectives import Objectives
     from rollout.policy import RolloutPolicy
     from rollout.request import RolloutRequest
     from rollout.show import step_table
+    from rollout.stage import LatencyLimit, LatencyMetric, Percentile
+    from rollout.workload import fixed_workload
 
-    request = RolloutRequest(model=MODEL, target=str(target_file), policy=RolloutPolicy())
+    # Short answers and short stages: the knee of the rehearsal's model on two cores, in about half a minute.
+    policy = RolloutPolicy(
+        benchmark=BenchmarkSpec(
+            workload=fixed_workload(64, 32),
+            start_rate_per_s=8,
+            stage_duration_s=2.0,
+            max_stages=6,
+            resolution=0.3,
+            stages_per_side=1,
+            drain_timeout_s=10,
+        ),
+        objectives=Objectives(
+            latencies=(LatencyLimit(metric=LatencyMetric.TTFT, percentile=Percentile.P90, limit_s=2.0),),
+            smoke_checks=("health", "models", "chat"),
+        ),
+    )
+    request = RolloutRequest(model=MODEL, target=str(target_file), policy=policy)
     report_file, rerun_file = out / "report.json", out / "rerun.json"
     clock = {"start": time.monotonic() - started}
 
