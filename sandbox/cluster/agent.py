@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import socket
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,13 @@ from sandbox.cluster.containers import Container
 from sandbox.cluster.controllers import Object, pod_ready
 from sandbox.cluster.events import NORMAL, WARNING, Recorder
 from sandbox.cluster.logs import ContainerLog
-from sandbox.cluster.nodes import ACCELERATOR_LABEL, node_conditions
+from sandbox.cluster.nodes import node_conditions
 from sandbox.cluster.registry import Deletion, Registry
-from sandbox.cluster.resources import CONFIG_MAP, NODE, POD, SECRET, SERVICE_ACCOUNT
+from sandbox.cluster.resources import CONFIG_MAP, NODE, POD, SECRET
 from sandbox.cluster.store import Change, Store, timestamp
 
 KUBELET = "kubelet"
+logger = logging.getLogger(__name__)
 IdentityOf: TypeAlias = Callable[[str, str, dict[str, str]], str]
 """(namespace, service account, its annotations) -> the IAM member that its pods are."""
 
@@ -204,6 +204,7 @@ class PodWorker:
         self._containers = [Container(self, each, init=False) for each in pod["spec"]["containers"]]
         self._ending: asyncio.Task[None] | None = None
         self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(self._report_failure)
 
     @property
     def directory(self) -> Path:
@@ -229,6 +230,10 @@ class PodWorker:
         recorder.record(POD, self.pod, kind, reason, message, component=KUBELET, host=self.node, field_path=path)
 
     # Life
+
+    def _report_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("pod %s: the node agent failed", self.pod["metadata"]["name"], exc_info=error)
 
     async def _run(self) -> None:
         self.write_status()
@@ -407,35 +412,3 @@ def _condition(kind: str, holds: bool, why: Object, before: Object | None) -> Ob
     since = before["lastTransitionTime"] if before is not None and before["status"] == str(holds) else now
     times = {"lastProbeTime": None, "lastTransitionTime": since}
     return {"type": kind, "status": str(holds), **times, **({} if holds else why)}
-
-
-def free_port() -> int:
-    """A loopback port that nobody uses now; the container binds it in a moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def surroundings(worker: PodWorker, container: Object, host_port: int, usage_file: Path) -> dict[str, str]:
-    """The environment that every container gets beside its own, see the sandbox's contracts."""
-    store = worker.agents.store
-    metadata, spec = worker.pod["metadata"], worker.pod["spec"]
-    account = store.get(SERVICE_ACCOUNT, metadata["namespace"], spec["serviceAccountName"])
-    annotations = (account["metadata"].get("annotations") or {}) if account is not None else {}
-    node = store.get(NODE, "", worker.node)
-    labels = (node["metadata"].get("labels") or {}) if node is not None else {}
-    limits = container["resources"].get("limits") or {}
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ}
-    return {
-        **kept,
-        "PYTHONUNBUFFERED": "1",
-        "HOSTNAME": spec.get("hostname", metadata["name"]),
-        **worker.settings.environment,
-        "SANDBOX_IDENTITY": worker.settings.identity_of(metadata["namespace"], spec["serviceAccountName"], annotations),
-        "SANDBOX_GPU": labels.get(ACCELERATOR_LABEL, ""),
-        "SANDBOX_GPU_COUNT": str(limits.get("nvidia.com/gpu", "0")),
-        "SANDBOX_HOST_PORT": str(host_port),
-        "SANDBOX_POD_NAME": metadata["name"],
-        "SANDBOX_EPHEMERAL_STORAGE_FILE": str(usage_file),
-    }

@@ -12,6 +12,7 @@ import base64
 import binascii
 import contextlib
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,9 +37,15 @@ _MERGE, _STRATEGIC = "application/merge-patch+json", "application/strategic-merg
 _JSON_PATCH, _APPLY = "application/json-patch+json", "application/apply-patch+yaml"
 _ALLOWED_REVIEW = ("authorization.k8s.io", "v1", "selfsubjectaccessreviews")
 
+logger = logging.getLogger(__name__)
 _NAMED_VERBS = {"GET": "get", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 _COLLECTION_VERBS = {"GET": "list", "POST": "create", "DELETE": "deletecollection"}
 
+_API_VERSIONS = {
+    "kind": "APIVersions",
+    "versions": ["v1"],
+    "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": "127.0.0.1:443"}],
+}
 VERSION = {
     "major": "1",
     "minor": "36",
@@ -55,7 +62,7 @@ VERSION = {
 class Gate(Protocol):
     """What tests switch on and off to make the API server misbehave."""
 
-    def refusal(self, path: str, query: dict[str, str]) -> ApiError | None:
+    def refusal(self, query: dict[str, str]) -> ApiError | None:
         """An error that answers this request instead of its work."""
 
 
@@ -87,12 +94,16 @@ class Api:
     async def serve(self, request: web.Request) -> web.StreamResponse:
         try:
             self._authenticate(request)
-            refusal = self._gate.refusal(request.path, dict(request.query))
+            refusal = self._gate.refusal(dict(request.query))
             if refusal is not None:
                 raise refusal
             return await self._route(request)
         except ApiError as error:
             return web.json_response(error.status(), status=error.code)
+        except Exception as error:
+            logger.exception("%s %s", request.method, request.path)
+            internal = ApiError(500, "InternalError", f"Internal error occurred: {error}")
+            return web.json_response(internal.status(), status=internal.code)
 
     def _authenticate(self, request: web.Request) -> None:
         """401 for a wrong token; without one a request is anonymous, and `_require_user` decides."""
@@ -140,7 +151,7 @@ class Api:
         self, request: web.Request, group: str, parts: list[str], versions: list[str]
     ) -> web.StreamResponse:
         if not parts:
-            return web.json_response(self._group(group) if group else {"kind": "APIVersions", "versions": ["v1"]})
+            return web.json_response(self._group(group) if group else _API_VERSIONS)
         if parts[0] not in versions:
             return _page_not_found()
         if len(parts) == 1:

@@ -9,9 +9,11 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -20,15 +22,17 @@ from sandbox.cluster import probes
 from sandbox.cluster.environment import ConfigError, expand, resolve
 from sandbox.cluster.events import NORMAL, WARNING
 from sandbox.cluster.logs import ContainerLog
+from sandbox.cluster.nodes import ACCELERATOR_LABEL
 from sandbox.cluster.probes import Rhythm, Target
 from sandbox.cluster.quantity import parse
-from sandbox.cluster.resources import NODE
+from sandbox.cluster.resources import NODE, SERVICE_ACCOUNT
 from sandbox.cluster.store import timestamp
 
 if TYPE_CHECKING:
     from sandbox.cluster.agent import PodWorker
 
 OOM_EXIT_CODE = 137
+START_ERROR_EXIT_CODE = 128
 LOG_LINE_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -49,8 +53,6 @@ class Container:
     """A container of a pod, over all of its restarts."""
 
     def __init__(self, worker: PodWorker, spec: dict[str, Any], *, init: bool) -> None:
-        from sandbox.cluster.agent import free_port
-
         self._worker = worker
         self._spec = spec
         self._init = init
@@ -194,8 +196,6 @@ class Container:
                 self._wait_for("CreateContainerConfigError", str(error))
                 await asyncio.sleep(self._worker.settings.backoff_s)
                 continue
-            from sandbox.cluster.agent import surroundings
-
             self._usage_file.parent.mkdir(parents=True, exist_ok=True)
             around = surroundings(self._worker, self._spec, self.host_port, self._usage_file)
             self._environment = around | own | {key: around[key] for key in around if key.startswith("SANDBOX_")}
@@ -207,7 +207,10 @@ class Container:
         return pod | {"status": pod["status"] | {"podIP": self._worker.address}}
 
     async def _run_process(self) -> int:
-        await self._start()
+        try:
+            await self._start()
+        except OSError as error:
+            return self._on_failed_start(error)
         assert self._process is not None
         assert self._process.stdout is not None
         assert self.log is not None
@@ -257,6 +260,24 @@ class Container:
         self._started = self._spec.get("startupProbe") is None
         self.ready = self._started and self._spec.get("readinessProbe") is None
         self._worker.write_status()
+
+    def _on_failed_start(self, error: OSError) -> int:
+        """The runner's executable is not there: the runtime's words, and its exit code."""
+        message = (
+            "failed to create containerd task: failed to create shim task: OCI runtime create failed: runc create "
+            f'failed: unable to start container process: exec: "{error.filename}": {error.strerror}: unknown'
+        )
+        self._tell(WARNING, "Failed", f"Error: {message}")
+        now = timestamp()
+        ended = {"exitCode": START_ERROR_EXIT_CODE, "reason": "StartError", "message": message}
+        self._state = {
+            "terminated": ended | {"startedAt": now, "finishedAt": now, "containerID": f"containerd://{self._id}"}
+        }
+        self.exit_code, self.ever_started = START_ERROR_EXIT_CODE, True
+        if self.log is not None:
+            self.log.close()
+        self._worker.write_status()
+        return START_ERROR_EXIT_CODE
 
     def _on_exit(self, returned: int) -> None:
         code = 128 - returned if returned < 0 else returned
@@ -465,3 +486,35 @@ def _port_arguments(spec: dict[str, Any]) -> set[int]:
         if value.isdigit():
             found.add(int(value))
     return found
+
+
+def free_port() -> int:
+    """A loopback port that nobody uses now; the container binds it in a moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def surroundings(worker: PodWorker, container: dict[str, Any], host_port: int, usage_file: Path) -> dict[str, str]:
+    """The environment that every container gets beside its own, see the sandbox's contracts."""
+    store = worker.agents.store
+    metadata, spec = worker.pod["metadata"], worker.pod["spec"]
+    account = store.get(SERVICE_ACCOUNT, metadata["namespace"], spec["serviceAccountName"])
+    annotations = (account["metadata"].get("annotations") or {}) if account is not None else {}
+    node = store.get(NODE, "", worker.node)
+    labels = (node["metadata"].get("labels") or {}) if node is not None else {}
+    limits = container["resources"].get("limits") or {}
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ}
+    return {
+        **kept,
+        "PYTHONUNBUFFERED": "1",
+        "HOSTNAME": spec.get("hostname", metadata["name"]),
+        **worker.settings.environment,
+        "SANDBOX_IDENTITY": worker.settings.identity_of(metadata["namespace"], spec["serviceAccountName"], annotations),
+        "SANDBOX_GPU": labels.get(ACCELERATOR_LABEL, ""),
+        "SANDBOX_GPU_COUNT": str(limits.get("nvidia.com/gpu", "0")),
+        "SANDBOX_HOST_PORT": str(host_port),
+        "SANDBOX_POD_NAME": metadata["name"],
+        "SANDBOX_EPHEMERAL_STORAGE_FILE": str(usage_file),
+    }

@@ -38,7 +38,7 @@ REVISION_HISTORY = "deployment.kubernetes.io/revision-history"
 HASH_LABEL = "pod-template-hash"
 Object: TypeAlias = dict[str, Any]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Controller:
@@ -93,8 +93,12 @@ class ControllerManager:
             return controller.reconcile(key)
         except ApiError as error:
             # A refused write (a namespace that goes away, a name that is taken): a later change comes back to it.
-            _log.debug("%s: %s: %s", type(controller).__name__, key, error.message)
+            logger.debug("%s: %s: %s", type(controller).__name__, key, error.message)
             return 1.0 if error.code == 409 else None
+        except Exception:
+            # As client-go does: a failing step is reported, and the other loops go on.
+            logger.exception("%s failed at %s", type(controller).__name__, key)
+            return None
 
 
 def key_of(obj: Object) -> Key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,8 @@ class ContainerLog:
         return self._count
 
     def lines_from(self, position: int) -> list[Line]:
-        newer = self._count - position
-        return list(self._lines)[-newer:] if newer > 0 else []
+        newest_first = itertools.islice(reversed(self._lines), max(0, self._count - position))
+        return list(newest_first)[::-1]
 
     def tail(self, max_bytes: int, max_lines: int) -> str:
         """The last lines, as `FallbackToLogsOnError` puts them into a container's termination message."""

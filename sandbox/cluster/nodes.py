@@ -20,7 +20,7 @@ from sandbox.cluster.store import Store, timestamp
 
 COMPUTE_CLASS_LABEL = "cloud.google.com/compute-class"
 ACCELERATOR_LABEL = "cloud.google.com/gke-accelerator"
-_EVICTION_SIGNAL_PODS = "110"
+_PODS_PER_NODE = "110"
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class NodePool:
         return f"{base}/instanceGroups/gk3-nap-{plan.machine.name}-grp"
 
     def allocatable(self, machine: Machine) -> dict[str, str]:
-        amounts = {"cpu": str(machine.cpu), "memory": f"{machine.memory_gib}Gi", "pods": _EVICTION_SIGNAL_PODS}
+        amounts = {"cpu": str(machine.cpu), "memory": f"{machine.memory_gib}Gi", "pods": _PODS_PER_NODE}
         amounts["ephemeral-storage"] = self.settings.ephemeral_storage
         return amounts | ({GPU_RESOURCE: str(machine.gpus)} if machine.gpus else {})
 

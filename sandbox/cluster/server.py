@@ -29,7 +29,7 @@ from sandbox.cluster.events import Recorder
 from sandbox.cluster.jobs import JobController
 from sandbox.cluster.nodes import Machine, NodePlan, NodePool, NodeSettings
 from sandbox.cluster.registry import Registry, Writer
-from sandbox.cluster.resources import CRD, CUSTOM, NAMESPACE, NODE, definition
+from sandbox.cluster.resources import CRD, CUSTOM, NAMESPACE, NODE, POD, definition
 from sandbox.cluster.scheduler import NodeRemover, Scheduler
 from sandbox.cluster.store import Store
 from sandbox.cluster.tls import make_authority
@@ -69,7 +69,7 @@ class Faults:
         """The next requests of any kind answer 503, as while an API server starts."""
         self._unavailable = times
 
-    def refusal(self, path: str, query: dict[str, str]) -> ApiError | None:
+    def refusal(self, query: dict[str, str]) -> ApiError | None:
         with self._lock:
             if self._unavailable > 0:
                 self._unavailable -= 1
@@ -93,7 +93,7 @@ class KubernetesServer(LoopbackServer):
     `root` holds logs and keys. `runners` maps image prefixes to commands beside (or instead of) the vLLM images, that
     the engine plays. `identity_of` tells which IAM member a pod is. `environment` goes into every container.
     `token` is the only accepted bearer token when it is given. Settings of nodes and agents may be changed later
-    through `nodes` and `agents_settings`.
+    through `nodes` and `agent_settings`.
     """
 
     def __init__(
@@ -220,8 +220,6 @@ class KubernetesServer(LoopbackServer):
 
     def host_port(self, namespace: str, pod: str, port: int) -> int | None:
         """The loopback port that stands for a container's port; None when nothing listens there."""
-        from sandbox.cluster.resources import POD
-
         return self._in_loop(lambda: self._agents.host_port(self._registry.get(POD, namespace, pod), port))
 
     def drop_watches(self) -> None:

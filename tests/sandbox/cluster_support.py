@@ -58,6 +58,7 @@ RUNNERS = {
     "web:": (sys.executable, "-c", WEB_SERVER),
     "crash:": (sys.executable, "-c", CRASH),
     "oom:": (sys.executable, "-c", "import sys; sys.exit(137)"),
+    "lost:": ("/no/such/program",),
     "python:": (sys.executable, "-c"),
     "shell:": ("sh", "-c"),
 }

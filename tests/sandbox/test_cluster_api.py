@@ -577,3 +577,11 @@ def test_a_collection_is_deleted_by_label(api: Connection, namespace: str) -> No
     assert api.request("DELETE", path).status == 200
     left = api.core.list_namespaced_config_map(namespace, label_selector="app")
     assert [each.metadata.name for each in left.items] == ["c"]
+
+
+def test_the_caller_may_do_what_it_asks_about(api: Connection, namespace: str) -> None:
+    wanted = {"verb": "create", "group": "apps", "resource": "deployments", "namespace": namespace}
+    review = client.AuthorizationV1Api(api.api_client).create_self_subject_access_review(
+        {"spec": {"resourceAttributes": wanted}}
+    )
+    assert review.status.allowed

@@ -287,6 +287,14 @@ def test_an_out_of_memory_kill_has_its_reason(api: Connection, namespace: str) -
     assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
 
 
+def test_an_entry_point_that_is_not_there_is_a_start_error(api: Connection, namespace: str) -> None:
+    api.apps.create_namespaced_deployment(namespace, deployment(image="lost:1"))
+    pod = waiting_for(api, namespace, "CrashLoopBackOff")
+    ended = pod.status.container_statuses[0].last_state.terminated
+    assert (ended.exit_code, ended.reason) == (128, "StartError")
+    assert 'exec: "/no/such/program": No such file or directory' in ended.message
+
+
 def test_too_much_local_disk_evicts_the_pod_and_another_one_comes(api: Connection, namespace: str) -> None:
     api.apps.create_namespaced_deployment(namespace, deployment(image="python:1", args=[REPORT_DISK]))
     pod = first_pod(api, namespace, lambda each: each.status.reason == "Evicted", "an evicted pod")
