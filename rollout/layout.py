@@ -278,13 +278,9 @@ class _Checker:
         if not present:
             other = next((path for path in self._sizes if "/" not in path and path.endswith(_WEIGHT_SUFFIXES)), None)
             if other is None:
-                self._error(
-                    "model.safetensors", f"{self._uri} holds no weights: model.safetensors or shards are missing."
-                )
+                self._error("model.safetensors", f"{self._uri} holds no weights: model.safetensors is missing.")
             else:
-                self._warn(
-                    other, f"the weights are not safetensors ({other}): they load slowly and cannot be streamed."
-                )
+                self._warn(other, f"{other}: weights that are not safetensors load slowly and cannot be streamed.")
         elif len(present) > 1 and INDEX not in self._sizes:
             self._error(INDEX, f"{INDEX} is missing, but there are {len(present)} shards ({present[0]}, …).")
 
@@ -298,14 +294,10 @@ class _Checker:
             if shard not in self._sizes:
                 near = difflib.get_close_matches(shard, self._sizes, n=1, cutoff=0.6)
                 found = f"; the nearest name there is {near[0]}" if near and near[0] not in named else ""
-                self._error(
-                    shard, f"the shard {shard}, which the index names, is missing at {self._uri}/{shard}{found}."
-                )
+                self._error(shard, f"{self._uri}/{shard}, a shard that the index names, is missing{found}.")
         for shard in present:
             if shard not in named:
-                self._error(
-                    shard, f"the index does not name {shard}: a model server that streams would load it as well."
-                )
+                self._error(shard, f"the index does not name {shard}, and a server that streams would load it as well.")
         self._compare_tensors(weight_map)
         return named
 
@@ -330,9 +322,7 @@ class _Checker:
         if isinstance(header, str):
             self._error(shard, f"{shard} cannot be read as safetensors: {header}.")
         elif header.file_bytes != size:
-            self._error(
-                shard, f"{shard} has {size:,} bytes, but its header asks for {header.file_bytes:,}: send it again."
-            )
+            self._error(shard, f"{shard} has {size:,} bytes, its header asks for {header.file_bytes:,}: send it again.")
 
     def _check_tokenizer(self) -> str:
         for names in _TOKENIZERS:
@@ -364,9 +354,7 @@ class _Checker:
         for folder, paths in folders.items():
             weights = [path for path in paths if path.endswith(_WEIGHT_SUFFIXES)]
             if weights:
-                self._error(
-                    folder, f"the folder {folder} holds weights ({weights[0]}), which break the model streamer."
-                )
+                self._error(folder, f"the folder {folder} holds weights ({weights[0]}), which break streaming.")
             else:
                 self._warn(folder, f"the folder {folder} does not belong to the model ({paths[0]}).")
 
