@@ -92,8 +92,8 @@ async def _answer_requests(
     for line in ("Started server process [1]", "Waiting for application startup.", "Application startup complete."):
         log.write(f"INFO:     {line}")
     await stopped
-    log.api_server("launcher.py:254", "[shutdown] API server: shutdown triggered")
     server.close()
+    log.api_server("launcher.py:254", "[shutdown] API server: shutdown triggered")
     await engine.drain()
     # One turn of the loop, so that the last bytes are on their way.
     await asyncio.sleep(0)
