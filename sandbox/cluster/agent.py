@@ -203,6 +203,7 @@ class PodWorker:
         self._init = [Container(self, each, init=True) for each in pod["spec"].get("initContainers", [])]
         self._containers = [Container(self, each, init=False) for each in pod["spec"]["containers"]]
         self._ending: asyncio.Task[None] | None = None
+        self._evicting: asyncio.Task[None] | None = None
         self._task = asyncio.get_running_loop().create_task(self._run())
         self._task.add_done_callback(self._report_failure)
 
@@ -274,7 +275,7 @@ class PodWorker:
             for each in self._containers:
                 message = each.disk_excess()
                 if message is not None:
-                    asyncio.get_running_loop().create_task(self._evict(message))
+                    self._evicting = asyncio.get_running_loop().create_task(self._evict(message))
                     return
 
     async def _evict(self, message: str) -> None:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,13 +70,9 @@ class Container:
         self.ever_started = False
         self.ready = False
         self._started = False
-        self._state: dict[str, Any] = {
-            "waiting": {
-                "reason": "PodInitializing"
-                if not init and worker.pod["spec"].get("initContainers")
-                else "ContainerCreating"
-            }
-        }
+        after_others = not init and worker.pod["spec"].get("initContainers")
+        reason = "PodInitializing" if after_others else "ContainerCreating"
+        self._state: dict[str, Any] = {"waiting": {"reason": reason}}
         self._last_state: dict[str, Any] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._id = ""
@@ -312,8 +308,7 @@ class Container:
     async def _probe(self) -> None:
         startup = self._spec.get("startupProbe")
         if startup is not None:
-            passed = await self._until_decided(startup, "Startup", lambda: None)
-            if not passed:
+            if not await anext(self._verdicts(startup, "Startup")):
                 await self._kill_for("startup")
                 return
             self._started = True
@@ -325,26 +320,8 @@ class Container:
             if self._spec.get("livenessProbe") is not None:
                 group.create_task(self._keep_alive(self._spec["livenessProbe"]))
 
-    async def _until_decided(self, probe: dict[str, Any], name: str, on_failure: Callable[[], None]) -> bool:
-        """Probe until it has succeeded, or has failed too often."""
-        rhythm = Rhythm.of(probe, self._worker.settings.longest_probe_period_s)
-        await asyncio.sleep(rhythm.delay_s)
-        failed = passed = 0
-        while True:
-            error = await probes.check(probe, self._target())
-            if error is None:
-                failed, passed = 0, passed + 1
-                if passed >= rhythm.successes:
-                    return True
-            else:
-                self._tell(WARNING, "Unhealthy", f"{name} probe failed: {error}")
-                failed, passed = failed + 1, 0
-                on_failure()
-                if failed >= rhythm.failures:
-                    return False
-            await asyncio.sleep(rhythm.period_s)
-
-    async def _keep_ready(self, probe: dict[str, Any]) -> None:
+    async def _verdicts(self, probe: dict[str, Any], name: str) -> AsyncIterator[bool]:
+        """Whether the probe holds, each time that it has passed or failed often enough in a row to say so."""
         rhythm = Rhythm.of(probe, self._worker.settings.longest_probe_period_s)
         await asyncio.sleep(rhythm.delay_s)
         failed = passed = 0
@@ -352,27 +329,24 @@ class Container:
             error = await probes.check(probe, self._target())
             failed, passed = (0, passed + 1) if error is None else (failed + 1, 0)
             if error is not None:
-                self._tell(WARNING, "Unhealthy", f"Readiness probe failed: {error}")
-            if passed >= rhythm.successes and not self.ready:
-                self.ready = True
-                self._worker.write_status()
-            elif failed >= rhythm.failures and self.ready:
-                self.ready = False
-                self._worker.write_status()
+                self._tell(WARNING, "Unhealthy", f"{name} probe failed: {error}")
+            if passed >= rhythm.successes:
+                yield True
+            elif failed >= rhythm.failures:
+                yield False
             await asyncio.sleep(rhythm.period_s)
 
+    async def _keep_ready(self, probe: dict[str, Any]) -> None:
+        async for ready in self._verdicts(probe, "Readiness"):
+            if ready != self.ready:
+                self.ready = ready
+                self._worker.write_status()
+
     async def _keep_alive(self, probe: dict[str, Any]) -> None:
-        rhythm = Rhythm.of(probe, self._worker.settings.longest_probe_period_s)
-        await asyncio.sleep(rhythm.delay_s)
-        failed = 0
-        while failed < rhythm.failures:
-            error = await probes.check(probe, self._target())
-            failed = 0 if error is None else failed + 1
-            if error is not None:
-                self._tell(WARNING, "Unhealthy", f"Liveness probe failed: {error}")
-            if failed < rhythm.failures:
-                await asyncio.sleep(rhythm.period_s)
-        await self._kill_for("liveness")
+        async for alive in self._verdicts(probe, "Liveness"):
+            if not alive:
+                await self._kill_for("liveness")
+                return
 
     async def _kill_for(self, probe: str) -> None:
         self._tell(NORMAL, "Killing", f"Container {self.name} failed {probe} probe, will be restarted")
@@ -433,7 +407,7 @@ class Container:
         elif "httpGet" in hook:
             await self._hook(self._get(hook["httpGet"]))
 
-    async def _hook(self, work: Any) -> None:
+    async def _hook(self, work: Awaitable[object]) -> None:
         try:
             await work
         except (OSError, aiohttp.ClientError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import sys
 import threading
@@ -135,6 +136,7 @@ class KubernetesServer(LoopbackServer):
         self._manager_task: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
+        self._returning: concurrent.futures.Future[None] | None = None
 
     def build_app(self) -> web.Application:
         self._store = Store()
@@ -254,8 +256,8 @@ class KubernetesServer(LoopbackServer):
     def go_away(self, seconds: float) -> None:
         """Close the listening socket and every connection, and come back on the same port after `seconds`."""
         assert self._loop is not None
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
-        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._come_back(seconds)))
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=60.0)
+        self._returning = asyncio.run_coroutine_threadsafe(self._come_back(seconds), self._loop)
 
     async def _close(self) -> None:
         assert self._site is not None

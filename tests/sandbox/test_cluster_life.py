@@ -317,6 +317,17 @@ def test_a_startup_probe_that_never_passes_restarts_the_container(api: Connectio
     assert restarted.status.container_statuses[0].ready is False
 
 
+def test_a_liveness_probe_restarts_what_hangs(api: Connection, namespace: str) -> None:
+    code = "import time; print('hanging', flush=True); time.sleep(600)"
+    probe = {"exec": {"command": ["sh", "-c", "echo stuck; exit 1"]}, "periodSeconds": 1, "failureThreshold": 1}
+    body = deployment(image="python:1", args=[code], livenessProbe=probe)
+    body["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = 1
+    api.apps.create_namespaced_deployment(namespace, body)
+    assert told(api, namespace, "Unhealthy") == "Liveness probe failed: stuck\n"
+    assert told(api, namespace, "Killing") == "Container c failed liveness probe, will be restarted"
+    first_pod(api, namespace, lambda each: each.status.container_statuses[0].restart_count > 0, "a restart")
+
+
 def test_the_grace_period_lets_running_answers_finish(api: Connection, namespace: str) -> None:
     code = (
         "import signal, sys, time\n"
