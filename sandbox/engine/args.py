@@ -15,7 +15,7 @@ ENTRY_POINTS: tuple[tuple[str, ...], ...] = (
     ("python3", "-m", "vllm.entrypoints.openai.api_server"),
     ("vllm", "serve"),
 )
-IMAGE_ENTRYPOINTS = ("./entrypoint.sh", "/entrypoint.sh", "/bin/sh -c")
+IMAGE_ENTRYPOINTS = ("./entrypoint.sh", "/entrypoint.sh")
 """Scripts that run what follows them."""
 
 
