@@ -1,0 +1,136 @@
+"""A HorizontalPodAutoscaler from a latency target: which metric, which threshold, and a pace that does not flap.
+
+The threshold is read off the profile's curve: the requests in flight of one replica at the target, or at saturation,
+times a buffer for the time that a new replica takes to start. vLLM's own `vllm:num_requests_running` is scaled on: it
+does not depend on how long requests are, as requests/s do; GPU utilisation is 100 % from the first request on; and a
+queue rises only when users wait already.
+https://cloud.google.com/kubernetes-engine/docs/best-practices/machine-learning/inference/autoscaling
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from enum import StrEnum
+
+from rollout.curve import TARGET_UTILISATION
+from rollout.errors import BadInput
+from rollout.preflight import Check, failed, ok
+from rollout.profiles import Profile, Targets
+from rollout.values import Value
+
+METRIC = "vllm:num_requests_running"
+
+CUSTOM_METRICS_API = "custom.metrics.k8s.io"
+"""The API group that a metrics adapter registers; without it an HPA on pod metrics never acts."""
+
+ADAPTER_MANIFEST = (
+    "https://raw.githubusercontent.com/GoogleCloudPlatform/k8s-stackdriver/master/custom-metrics-stackdriver-adapter/"
+    "deploy/production/adapter_new_resource_model.yaml"
+)
+ADAPTER_DOCS = "https://github.com/GoogleCloudPlatform/k8s-stackdriver/tree/master/custom-metrics-stackdriver-adapter"
+
+LEAST_SCALE_DOWN_WINDOW_S = 300
+"""Kubernetes' own default."""
+MOST_SCALE_DOWN_WINDOW_S = 3600
+"""Kubernetes' own limit."""
+
+
+class Adapter(StrEnum):
+    """Who brings pod metrics to the HPA; it decides how the metric is called."""
+
+    STACKDRIVER = "stackdriver"
+    """Google's Custom Metrics Stackdriver Adapter, over Managed Service for Prometheus."""
+    PROMETHEUS = "prometheus"
+    """prometheus-adapter over a Prometheus of the cluster's own."""
+
+    def metric(self, name: str) -> str:
+        return f"prometheus.googleapis.com|{name}|gauge" if self is Adapter.STACKDRIVER else name
+
+
+class TargetUnreachable(BadInput):
+    """The latency target is below what the accelerator does at its lowest load."""
+
+
+class Autoscaling(Value):
+    """What the HPA holds."""
+
+    threshold: int
+    """Mean of `METRIC` per replica."""
+    scale_down_window_s: int
+    expected_output_tokens_per_s: float
+    """Of one replica at the threshold."""
+    reasons: tuple[str, ...]
+    """Lines for the manifest's comments."""
+
+
+def autoscaling_for(
+    profile: Profile, targets: Targets, *, startup_s: float, utilisation: float = TARGET_UTILISATION
+) -> Autoscaling:
+    """The threshold that keeps median latencies within the targets.
+
+    A target above the highest observed latency means maximum throughput. `startup_s` is how long a new replica takes
+    until it serves. Raises TargetUnreachable for a target below the lowest observed latency, with the range.
+    """
+    point = profile.operating_point(targets)
+    if point is None:
+        ranges = "; ".join(map(str, profile.ranges))
+        wanted = ", ".join(f"{name[:-3].upper()} {limit:g} ms" for name, limit in targets.given().items())
+        raise TargetUnreachable(
+            f"{wanted} cannot be held by {profile.model} on {profile.accelerator}.",
+            where="autoscaling",
+            resolution=f"Choose a target within what was observed: {ranges}.",
+        )
+    running = point.concurrency
+    if running is None:
+        raise BadInput(
+            "the profile states neither requests in flight nor NTPOT, so there is no threshold to derive.",
+            where=profile.source.name,
+        )
+    threshold = max(1, math.floor(running * utilisation))
+    return Autoscaling(
+        threshold=threshold,
+        scale_down_window_s=scale_down_window_s(startup_s),
+        expected_output_tokens_per_s=point.output_tokens_per_s * threshold / running,
+        reasons=(
+            *_about_targets(profile, targets),
+            f"At that point one replica has {running:.3g} requests in flight"
+            f" ({'measured' if point.running_requests is not None else 'output tokens/s x NTPOT'})"
+            f" and yields {point.output_tokens_per_s:.0f} output tokens/s.",
+            f"Threshold: {running:.3g} x {utilisation:g} = {threshold}; the rest is the buffer while a replica starts"
+            f" (about {startup_s:.0f} s).",
+            f"From {profile.source.name}, a {profile.source.evidence.value}"
+            f"{f' of {profile.source.as_of}' if profile.source.as_of else ''}.",
+        ),
+    )
+
+
+def _about_targets(profile: Profile, targets: Targets) -> list[str]:
+    observed = {each.metric: each for each in profile.ranges}
+    lines = []
+    for name, limit in targets.given().items():
+        metric = name[:-3].upper()
+        highest = observed[metric].highest_ms
+        beyond = limit > highest
+        lines.append(
+            f"P50 {metric} at most {limit:g} ms"
+            + (f", above the highest observed ({highest:.4g} ms): maximum throughput." if beyond else ".")
+        )
+    return lines or ["No latency target: maximum throughput."]
+
+
+def scale_down_window_s(startup_s: float) -> int:
+    """How long the load must stay low before a replica goes: two starts, so that a dip costs less than it saves."""
+    return int(min(MOST_SCALE_DOWN_WINDOW_S, max(LEAST_SCALE_DOWN_WINDOW_S, 2 * startup_s)))
+
+
+def check_metrics_adapter(api_groups: Iterable[str]) -> Check:
+    """Whether the cluster has the adapter that an HPA on vLLM's metrics needs; `api_groups` as its discovery names."""
+    name = "metrics adapter"
+    if CUSTOM_METRICS_API in set(api_groups):
+        return ok(name, f"{CUSTOM_METRICS_API} is served")
+    return failed(
+        name,
+        f"{CUSTOM_METRICS_API} is not served: the HorizontalPodAutoscaler would never act",
+        f"kubectl apply -f {ADAPTER_MANIFEST} (see {ADAPTER_DOCS}).",
+    )
