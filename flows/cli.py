@@ -102,10 +102,9 @@ def check_layout(
     target: TargetOption,
 ) -> None:
     """Check that a model server could load from a path in a bucket: config.json, every shard, tokenizer."""
+    from rollout.catalog import load_target
     from rollout.clients.layout import check_layout as check
     from rollout.layout import require_valid
-
-    from rollout.catalog import load_target
 
     report = check(load_target(target), uri)
     for finding in report.findings:
@@ -147,7 +146,7 @@ def rehearse(
     """Perform the whole rollout on this machine against an embedded cloud, twice, and tear it down."""
     from flows.rehearsal import rehearse as perform
 
-    raise typer.Exit(int(perform(out, engine.value, ui=ui)))
+    raise typer.Exit(perform(out, engine.value, ui=ui))
 
 
 def _request(model: str, target: str, revision: str | None, policy_file: Path | None):  # type: ignore[no-untyped-def]

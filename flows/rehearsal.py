@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -19,20 +20,20 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from rollout.errors import BadInput, ExitCode, RolloutError
+from rollout.errors import BadInput, RolloutError
 from sandbox.processes import Child
 
 CLOUD_READY_TIMEOUT_S = 900.0
 """The first start downloads a 98 MB wheel and converts its model; with real vLLM it also installs 3.5 GB."""
 PREFECT_READY_TIMEOUT_S = 180.0
 """26 s on a fresh home of an idle machine; several times that when the machine is busy."""
-MODEL = "smollm2-135m-instruct"
 
 
-def rehearse(out: Path, engine: str, *, ui: bool) -> ExitCode:
+def rehearse(out: Path, engine: str, *, ui: bool) -> int:
     """Run the three acts under `out`; with `ui` the Prefect server stays until Ctrl-C.
 
     `engine` is `simulated` (a vLLM with a known latency model) or `vllm` (real vLLM on the CPU: real answers).
+    Returns the acts' exit code, as of `rollout.errors.ExitCode`.
     """
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -52,75 +53,15 @@ def rehearse(out: Path, engine: str, *, ui: bool) -> ExitCode:
         api_url = stack.enter_context(_prefect_server(out))
         cloud.ready_line(CLOUD_READY_TIMEOUT_S)
         _say(f"embedded cloud and Prefect server are up after {time.monotonic() - started:.1f} s")
-        code = _acts(out, target_file, started)
+        # In a process of their own, so that Prefect hands in its last logs and events while the server is still there.
+        acts = subprocess.run([sys.executable, "-m", "flows.rehearsal_acts", str(out), str(target_file)], check=False)
+        _say(f"{time.monotonic() - started:.1f} s in all")
         if ui:
             _say(f"the Prefect UI is at {api_url.removesuffix('/api')} until Ctrl-C")
             with contextlib.suppress(KeyboardInterrupt):
                 while True:
                     time.sleep(3600)
-    return code
-
-
-def _acts(out: Path, target_file: Path, started: float) -> ExitCode:
-    # Imported here: Prefect reads its settings, the server's address among them, when it is imported.
-    from flows.rollout_model import rollout_model
-    from flows.teardown_model import teardown_model
-    from rollout.benchmark import BenchmarkSpec
-    from rollout.objectives import Objectives
-    from rollout.policy import RolloutPolicy
-    from rollout.request import RolloutRequest
-    from rollout.show import step_table
-    from rollout.stage import LatencyLimit, LatencyMetric, Percentile
-    from rollout.workload import fixed_workload
-
-    # Short answers and short stages: the knee of the rehearsal's model on two cores, in about half a minute.
-    policy = RolloutPolicy(
-        benchmark=BenchmarkSpec(
-            workload=fixed_workload(64, 32),
-            start_rate_per_s=8,
-            stage_duration_s=2.0,
-            max_stages=6,
-            resolution=0.3,
-            stages_per_side=1,
-            drain_timeout_s=10,
-        ),
-        objectives=Objectives(
-            latencies=(LatencyLimit(metric=LatencyMetric.TTFT, percentile=Percentile.P90, limit_s=2.0),),
-            smoke_checks=("health", "models", "chat"),
-        ),
-    )
-    request = RolloutRequest(model=MODEL, target=str(target_file), policy=policy)
-    report_file, rerun_file = out / "report.json", out / "rerun.json"
-    clock = {"start": time.monotonic() - started}
-
-    def act(title: str) -> None:
-        _say("")
-        _say(title)
-
-    act("Act 1: roll out")
-    marks = [time.monotonic()]
-    rollout_model(request, report_file=str(report_file))
-    marks.append(time.monotonic())
-    act("Act 2: roll out again, nothing has changed")
-    rerun = rollout_model(request, report_file=str(rerun_file))
-    marks.append(time.monotonic())
-    act("Act 3: tear down")
-    report = teardown_model(target=str(target_file), report_file=str(report_file))
-    marks.append(time.monotonic())
-    clock |= {
-        name: later - earlier
-        for name, earlier, later in zip(("rollout", "rerun", "teardown"), marks, marks[1:], strict=False)
-    }
-    for title, shown in (("Rollout and teardown", report), ("Rerun", rerun)):
-        act(title)
-        for row in step_table(shown):
-            _say("  {} {:<22} {:>7} s  {}".format(*row))
-    act(f"unchanged by the rerun: {'yes' if rerun.changed_nothing else 'NO'}")
-    _say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in clock.items()))
-    _say(f"the record is in {report_file}")
-    if not rerun.changed_nothing:
-        raise RolloutError("the rerun changed something", where=str(rerun_file), resolution="Its steps say what.")
-    return report.exit_code
+    return acts.returncode
 
 
 @contextlib.contextmanager
