@@ -312,28 +312,43 @@ def _bucket_of(observation: StartupObservation) -> str:
 
 
 def _grant_reader(match: re.Match[str], observation: StartupObservation) -> str:
-    bucket, target = _bucket_of(observation), observation.target
-    caller = match["member"] or ""
-    member = f"serviceAccount:{caller}" if "@" in caller else caller
-    if caller.lower().startswith("anonymous") or not caller:
-        member = f"serviceAccount:{target.gsa_email}" if target else "MEMBER"
-        if target and target.cluster.mode is not ClusterMode.KUBECONFIG:
-            return (
-                f"The pod has no Google identity at all. Set serviceAccountName to {target.ksa} (the plan does), and"
-                f" see that Workload Identity is enabled on the cluster; then grant {member} roles/storage.objectViewer"
-                f" on {bucket}."
-            )
-    elif target and target.identity is IdentityMode.SERVICE_ACCOUNT and caller != target.gsa_email:
+    caller, target = match["member"] or "", observation.target
+    if target is None or target.cluster.mode is ClusterMode.KUBECONFIG:
+        member = _as_member(caller) or "MEMBER"
+    elif caller.lower().startswith("anonymous"):
         return (
-            f"The pod does not act as {target.gsa_email} but as {caller}: annotate the Kubernetes service account"
-            f" {target.namespace}/{target.ksa} with iam.gke.io/gcp-service-account={target.gsa_email} (a rerun does),"
-            f" and restart the pod."
+            f"The pod has no Google identity at all: see that Workload Identity is enabled on the cluster, and that the"
+            f" pod runs as the service account {target.ksa}."
         )
-    permission = match["permission"] or "storage.objects.get"
+    elif target.identity is IdentityMode.DIRECT:
+        principal = target.workload_identity_member.removeprefix("serviceAccount:")
+        return (
+            f"Missing is roles/storage.objectViewer on {_bucket_of(observation)} for the principal of {principal}. A"
+            f" rerun adds it."
+        )
+    elif caller and caller != target.gsa_email:
+        return _link_identity(f"{caller}, not {target.gsa_email}", target)
+    elif not caller:
+        return _link_identity(f"itself, not {target.gsa_email}", target)
+    else:
+        member = _as_member(caller)
+    bucket, permission = _bucket_of(observation), match["permission"] or "storage.objects.get"
     return (
         f"Missing is the binding of {member} to roles/storage.objectViewer on {bucket} (it holds {permission}). A rerun"
         f" adds it, or: gcloud storage buckets add-iam-policy-binding {bucket} --member={shlex.quote(member)}"
         f" --role=roles/storage.objectViewer"
+    )
+
+
+def _as_member(caller: str) -> str:
+    return f"serviceAccount:{caller}" if "@" in caller else caller
+
+
+def _link_identity(who: str, target: Target) -> str:
+    return (
+        f"The pod acts as {who}. Two things make it: the annotation iam.gke.io/gcp-service-account={target.gsa_email}"
+        f" on the service account {target.namespace}/{target.ksa}, and roles/iam.workloadIdentityUser on"
+        f" {target.gsa_email} for {target.workload_identity_member}. A rerun sets both; then the pod must restart."
     )
 
 
@@ -540,9 +555,9 @@ _RULES: tuple[_Rule, ...] = (
     _rule(
         Category.BUCKET_FORBIDDEN,
         "log pod client",
-        r"(?P<member>Anonymous caller|[\w.+-]+@[\w.-]+|principal(?:Set)?://\S+)? ?does not have"
+        r"(?P<member>Anonymous caller|[\w.+-]+@[\w.-]+|principal(?:Set)?://\S+)? ?(?:Caller )?does not have"
         r" (?P<permission>storage\.[\w.]+) access to the Google Cloud Storage",
-        "The pods may not read the weights: {member} lacks {permission}.",
+        "The pods may not read the weights: they lack {permission}.",
         _grant_reader,
     ),
     _rule(

@@ -189,7 +189,10 @@ class ClusterClient:
         return tuple(changes)
 
     def rollback(self, name: str) -> Change:
-        """Give the Deployment `name` its previous pod template back. Raises NotFound if there is none."""
+        """Give the Deployment `name` an earlier pod template back: the one that still serves, or else the previous one.
+
+        Raises NotFound if there is none.
+        """
         replica_sets = self._replica_sets(name)
         if len(replica_sets) < 2:
             raise NotFound(
@@ -197,7 +200,9 @@ class ClusterClient:
                 where=self.target.namespace,
                 resolution="Apply an earlier plan instead.",
             )
-        current, previous = replica_sets[:2]
+        current, *earlier = replica_sets
+        serving = (item for item in earlier if (item.get("status") or {}).get("readyReplicas"))
+        previous = next(serving, earlier[0])
         live = self.api.get(self._path("apps/v1", "Deployment", name))
         template = previous["spec"]["template"]
         labels = {key: value for key, value in template["metadata"]["labels"].items() if key != TEMPLATE_HASH_LABEL}

@@ -47,6 +47,10 @@ class VersionExpired(RolloutError):
     """The server no longer, or not yet, knows the resource version: list again. Never leaves the clients."""
 
 
+class Silence(Exception):
+    """A streamed answer brought nothing for a while. Never leaves the clients."""
+
+
 @dataclass(frozen=True)
 class Resource:
     """How the server names a kind in its paths."""
@@ -199,6 +203,8 @@ class ClusterApi:
                         yield Update(event["type"], event["object"])
                     if stop.is_set():
                         return
+            except Silence:
+                failures = 0
             except TransientError as error:
                 failures += 1
                 if failures >= self._attempts:
@@ -206,9 +212,10 @@ class ClusterApi:
                 stop.wait(wait_before_retry_s(failures, error))
 
     def lines(self, path: str, query: Query | None = None, *, quiet_s: float) -> Iterator[str]:
-        """The lines of a streamed answer, as they come; ends when the server ends it, or after `quiet_s` of silence.
+        """The lines of a streamed answer, as they come, until the server ends it.
 
-        Raises TransientError if the connection breaks: the caller knows where to go on.
+        Raises Silence after `quiet_s` without a byte, and TransientError if the connection breaks: the caller knows
+        where to go on.
         """
         response = self._open("GET", path, query, None, "", urllib3.Timeout(connect=10.0, read=quiet_s))
         try:
@@ -223,8 +230,8 @@ class ClusterApi:
                         yield line.decode("utf-8", "replace")
             if pending:
                 yield pending.decode("utf-8", "replace")
-        except urllib3.exceptions.ReadTimeoutError:
-            return
+        except urllib3.exceptions.ReadTimeoutError as error:
+            raise Silence from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise transient(str(error), where=path) from error
         finally:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from rollout.clients.cluster_api import ClusterApi, Snapshot, Update
+from rollout.clients.cluster_api import QUIET_S, ClusterApi, Silence, Snapshot, Update
 from rollout.diagnosis import Category, Diagnosis, StartupObservation, container_statuses, diagnose, restarts
 from rollout.errors import DeadlineExceeded, NotFound, PermissionMissing, RolloutError, StartupFailed, TransientError
 from rollout.rendering import KubernetesObject
@@ -33,6 +33,13 @@ MAX_RESTARTS = 3
 RECHECK_S = 5.0
 SETTLE_S = 1.0
 """A log line comes on another connection than the exit it explains: look again after this time before giving up."""
+
+
+START_LOG_BYTES = 1_000_000
+"""How much of a log's beginning is read for the waterfall: vLLM is up after about 30 kB."""
+
+_EXPLAINED_LATER = frozenset({Category.UNSCHEDULABLE, Category.NO_GPU_NODE, Category.CRASH_LOOP})
+"""Every pod is unschedulable until the autoscaler has answered; a crash is seen before the log that explains it."""
 
 
 class LogLine(Value):
@@ -143,7 +150,8 @@ class StartupWait:
         self._stop = threading.Event()
         self._seen = _Seen()
         self._log_runs: dict[str, str] = {}
-        self._faults: dict[Category, tuple[float, Diagnosis]] = {}
+        self._first_seen: dict[Category, float] = {}
+        self._faults: dict[Category, Diagnosis] = {}
         self._last_message = ""
         self._last_category: Category | None = None
         self._compute_class_asked_at = float("-inf")
@@ -174,7 +182,7 @@ class StartupWait:
             self._take(min(SETTLE_S, max(0.0, deadline - time.monotonic())))
             if self._is_available():
                 return self._report()
-            diagnosis = diagnose(self._observation())
+            diagnosis = self._confirmed(diagnose(self._observation()))
             self._tell(diagnosis)
             if diagnosis:
                 self._judge(diagnosis)
@@ -206,15 +214,23 @@ class StartupWait:
             and len(self._new_pods()) == wanted
         )
 
+    def _confirmed(self, diagnosis: Diagnosis | None) -> Diagnosis | None:
+        """The diagnosis, unless it is of a kind that the next message may explain away and has just appeared."""
+        if diagnosis is None:
+            return None
+        now = time.monotonic()
+        since = self._first_seen.setdefault(diagnosis.category, now)
+        if diagnosis.category in _EXPLAINED_LATER and now - since < SETTLE_S:
+            return None
+        self._faults[diagnosis.category] = diagnosis
+        return diagnosis
+
     def _judge(self, diagnosis: Diagnosis) -> None:
         """Raise if the fault will not heal, or has not healed for as long as its kind may take."""
-        now = time.monotonic()
-        since, _ = self._faults.get(diagnosis.category, (now, diagnosis))
-        self._faults[diagnosis.category] = (since, diagnosis)
         patience_s = diagnosis.patience_s * self._patience_factor
         if diagnosis.category is Category.CRASH_LOOP and self._most_restarts() >= MAX_RESTARTS:
             patience_s = 0.0
-        if now - since >= max(SETTLE_S, patience_s):
+        if time.monotonic() - self._first_seen[diagnosis.category] >= max(SETTLE_S, patience_s):
             raise self._failure(diagnosis)
 
     def _failure(self, diagnosis: Diagnosis) -> ServerDoesNotStart:
@@ -278,7 +294,7 @@ class StartupWait:
             read_waterfall(
                 pod,
                 events,
-                tuple(self._seen.lines.get(pod["metadata"]["name"], ())),
+                self._start_log(pod["metadata"]["name"]),
                 weights_bytes=self._context.weights_bytes,
             )
             for pod in pods
@@ -291,8 +307,18 @@ class StartupWait:
             duration_s=time.monotonic() - self._started,
             pods=tuple(pod["metadata"]["name"] for pod in pods),
             waterfalls=waterfalls,
-            healed=tuple(diagnosis for _, diagnosis in self._faults.values()),
+            healed=tuple(self._faults.values()),
         )
+
+    def _start_log(self, pod: str) -> list[TimedLine]:
+        """The beginning of a pod's log: what was followed may have begun late, and only its tail is kept."""
+        path = f"{self._api.resource('v1', 'Pod').path(self._namespace, pod)}/log"
+        try:
+            text = self._api.text(path, {"timestamps": True, "limitBytes": START_LOG_BYTES})
+        except RolloutError as error:
+            log.warning("no log of %s for its waterfall: %s", pod, error)
+            return []
+        return [line for raw in text.splitlines() for line in _parts(raw)]
 
     # --- Progress -----------------------------------------------------------------------------------------------------
 
@@ -456,7 +482,7 @@ def _read_log(
         if last:
             query["sinceTime"] = last.isoformat().replace("+00:00", "Z")
         try:
-            for raw in api.lines(path, query, quiet_s=3600.0):
+            for raw in api.lines(path, query, quiet_s=QUIET_S):
                 for line in _parts(raw):
                     if last is None or line.at > last:
                         last = line.at
@@ -464,6 +490,8 @@ def _read_log(
                 if stop.is_set():
                     return
             return
+        except Silence:
+            continue
         except TransientError as error:
             log.debug("log of %s is read again: %s", pod, error)
             stop.wait(1.0)
@@ -552,6 +580,8 @@ def _pod_progress(pod: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) -
             tries = f" (restart {container['restartCount']})" if container.get("restartCount") else ""
             return f"{name}: starting{tries}"
         waiting = (state.get("waiting") or {}).get("reason")
+        if state.get("terminated"):
+            return f"{name}: exited with code {state['terminated'].get('exitCode')}"
         if waiting and waiting not in ("ContainerCreating", "PodInitializing"):
             return f"{name}: {waiting}"
     return f"{name}: {'pulling the image' if 'Pulling' in reasons and 'Pulled' not in reasons else 'preparing'}"

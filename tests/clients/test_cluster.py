@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -462,6 +463,14 @@ def test_a_crash_ends_the_wait_with_its_cause_from_the_log(running: ClusterClien
     assert diagnosis.category is Category.GPU_OUT_OF_MEMORY
     assert "CUDA out of memory" in str(caught.value)
     assert "torch.OutOfMemoryError" in caught.value.log_tail
+
+
+def test_the_failure_survives_being_stored(running: ClusterClient) -> None:
+    start(running, "crash", "error: unrecognized arguments: --bad")
+    with pytest.raises(ServerDoesNotStart) as caught:
+        running.wait_available("web", deadline_s=DEADLINE_S)
+    restored = pickle.loads(pickle.dumps(caught.value))
+    assert (str(restored), restored.diagnosis) == (str(caught.value), caught.value.diagnosis)
 
 
 def test_a_crash_that_nobody_knows_ends_the_wait_after_some_restarts(running: ClusterClient) -> None:

@@ -184,6 +184,11 @@ MESSAGES = [
     ),
     (Category.BUCKET_FORBIDDEN, crashed(STORAGE_403.format("Anonymous caller")), "no Google identity at all"),
     (
+        Category.BUCKET_FORBIDDEN,
+        crashed(STORAGE_403.format("Caller")),
+        "roles/iam.workloadIdentityUser on gemma-gsa@my-project.s3ns.iam.gserviceaccount.com",
+    ),
+    (
         Category.IDENTITY_NOT_BOUND,
         crashed(
             'google.auth.exceptions.RefreshError: ("Failed to retrieve token from the Google Compute Engine metadata'
