@@ -54,11 +54,15 @@ def simulated_engine(
     folder: Path,
     *arguments: str,
     gemma: bool = False,
+    model: Path | None = None,
     latency: Mapping[str, Any] | str | None = None,
     truth: Path | None = None,
 ) -> Iterator[str]:
-    """Base address of a healthy engine that serves the model `tiny`; `latency` as in `SANDBOX_ENGINE_LATENCY`."""
-    model = checkpoint(folder / "model", gemma=gemma)
+    """Base address of a healthy engine that serves `tiny` or a given checkpoint under that name.
+
+    `latency` as in `SANDBOX_ENGINE_LATENCY`.
+    """
+    model = model or checkpoint(folder / "model", gemma=gemma)
     port = free_port()
     settings = {"SANDBOX_HOST_PORT": str(port)}
     if latency is not None:

@@ -138,18 +138,22 @@ class LoadGenerator:
     def measure(self, planned: PlannedStage, *, repeat: int = 0) -> Stage:
         """Offer `planned.rate_per_s` for `planned.duration_s` seconds and wait for the answers."""
         duration_s = planned_duration_s(planned.rate_per_s, planned.duration_s)
-        schedule = self._spec.workload.schedule(planned.rate_per_s, planned.duration_s, repeat=repeat)
-        outgoing = self._outgoing(schedule, f"{self._salt}-{repeat}")
-        loop = StreamLoop(self._endpoint, self._spec.request_timeout_s, self._spec.drain_timeout_s)
         with MetricsScraper(self._api.base_url, interval_s=max(0.25, duration_s / METRICS_SAMPLES)) as scraper:
-            result = loop.run(outgoing, duration_s=duration_s)
+            result = self.offer(planned, repeat=repeat)
         return summarize(
             result.records,
             duration_s=duration_s,
             limits=self._limits,
             server=server_side([parse_vllm_metrics(text) for text in scraper.samples]),
-            client=_client_side(result),
+            client=client_side(result),
         )
+
+    def offer(self, planned: PlannedStage, *, repeat: int = 0) -> StreamsResult:
+        """A stage's requests and what happened to each."""
+        schedule = self._spec.workload.schedule(planned.rate_per_s, planned.duration_s, repeat=repeat)
+        outgoing = self._outgoing(schedule, f"{self._salt}-{repeat}")
+        loop = StreamLoop(self._endpoint, self._spec.request_timeout_s, self._spec.drain_timeout_s)
+        return loop.run(outgoing, duration_s=planned_duration_s(planned.rate_per_s, planned.duration_s))
 
     def _outgoing(self, schedule: Sequence[PlannedRequest], salt: str) -> list[OutgoingRequest]:
         prefixes = self._prefixes(self._spec.workload)
@@ -198,7 +202,8 @@ class LoadGenerator:
         }
 
 
-def _client_side(result: StreamsResult) -> ClientSide:
+def client_side(result: StreamsResult) -> ClientSide:
+    """What the load generator has to say about itself, and whether it was the limit."""
     delays = Percentiles.of(record.sent_s - record.scheduled_s for record in result.records)
     assert delays is not None  # a stage has at least one request
     busy = result.cpu_s / result.wall_s if result.wall_s else 0.0

@@ -49,6 +49,8 @@ class OutgoingRequest:
 @dataclass(slots=True)
 class StreamsResult:
     records: list[RequestRecord]
+    started_s: float
+    """`time.perf_counter()` at the records' time 0."""
     cpu_s: float
     """CPU time of this thread."""
     wall_s: float
@@ -182,7 +184,7 @@ class StreamLoop:
                 gc.enable()
             self._close_all()
         return StreamsResult(
-            records, time.thread_time() - cpu_start, time.perf_counter() - self._start, self._out_of_files
+            records, self._start, time.thread_time() - cpu_start, time.perf_counter() - self._start, self._out_of_files
         )
 
     def _loop(
