@@ -1,0 +1,403 @@
+"""Weights arrive whole or not at all, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout.clients.transfer import find_leftovers, finish, publish_shard, read_provenance, remove_leftovers
+from rollout.errors import AnotherWriter, HashMismatch, TransferFailed
+from rollout.report import StepStatus
+from rollout.target import WeightsLayout
+from rollout.transfer import Progress, Route, Source
+from sandbox.faults import (
+    Corrupt,
+    Drop,
+    Fault,
+    FaultRule,
+    IgnoreRange,
+    MisstateLength,
+    Redirect,
+    Reply,
+    Stall,
+    Truncate,
+)
+from sandbox.hub import HubToken
+from tests.clients.weights_place import MIB, SPEC, WeightsPlace, model_files, on_hub, on_storage, start
+
+PlaceMaker = Callable[..., WeightsPlace]
+
+
+@pytest.fixture
+def make_place(tmp_path: Path) -> Iterator[PlaceMaker]:
+    servers: list[Any] = []
+
+    def make(
+        *,
+        layout: WeightsLayout = WeightsLayout.CONTENT_ADDRESSED,
+        files: dict[str, bytes] | None = None,
+        **hub_options: Any,
+    ) -> WeightsPlace:
+        hub, storage = start(tmp_path, **hub_options)
+        servers.extend((hub, storage))
+        return WeightsPlace(hub, storage, layout=layout, files=files or model_files())
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def place(make_place: PlaceMaker) -> WeightsPlace:
+    return make_place(cdn_link_ttl_s=600)
+
+
+@pytest.mark.parametrize("layout", list(WeightsLayout))
+@pytest.mark.parametrize("cdn_link_ttl_s", [None, 600])
+def test_every_file_arrives_bit_for_bit_and_the_marker_comes_last(
+    make_place: PlaceMaker, layout: WeightsLayout, cdn_link_ttl_s: float | None
+) -> None:
+    place = make_place(layout=layout, cdn_link_ttl_s=cdn_link_ttl_s)
+    pinned = place.pin()
+    seen: list[Progress] = []
+    report = place.publish(pinned, on_progress=seen.append)
+    place.assert_published(pinned)
+    assert report.status is StepStatus.DONE
+    assert report.bytes_sent == report.total_bytes == pinned.total_bytes == place.sent_bytes()
+    assert seen[-1].bytes_done == seen[-1].bytes_total == pinned.total_bytes
+    assert seen[-1].files_done == len(pinned.files)
+    assert {row["source"] for row in report.rows()} == {"hub"}
+    marker = read_provenance(pinned, place.target)
+    assert marker is not None
+    assert {file.path: file.generation for file in marker.files} == {
+        file.path: file.generation for file in report.files
+    }
+    last_write = [record for record in place.storage.requests if record.method in ("POST", "PUT")][-1]
+    assert "upload" in last_write.path, "the marker is the last object that is written"
+
+
+def test_a_rerun_costs_one_listing_and_one_read(place: WeightsPlace) -> None:
+    pinned = place.pin()
+    place.publish(pinned)
+    place.hub.forget_requests()
+    place.storage.forget_requests()
+    report = place.publish(pinned)
+    assert report.status is StepStatus.UNCHANGED
+    assert (report.bytes_sent, report.requests) == (0, 2)
+    assert [record.method for record in place.storage.requests] == ["GET", "GET"]
+    assert place.hub.requests == ()
+
+
+def test_an_object_that_was_changed_behind_our_back_is_sent_again(place: WeightsPlace) -> None:
+    pinned = place.pin()
+    place.publish(pinned)
+    name = f"{place.prefix(pinned)}config.json"
+    place.client.write_json(name, {"tampered": True})
+    report = place.publish(pinned)
+    place.assert_published(pinned)
+    assert report.bytes_sent == len(place.files["config.json"])
+    assert {file.source for file in report.files} == {Source.HUB, Source.BUCKET}
+
+
+def test_the_stage_route_leaves_a_local_copy(place: WeightsPlace, tmp_path: Path) -> None:
+    pinned = place.pin()
+    spec = SPEC.model_copy(update={"route": Route.STAGE, "staging_dir": str(tmp_path / "stage")})
+    report = place.publish(pinned, spec)
+    place.assert_published(pinned)
+    assert {file.source for file in report.files} == {Source.DISK}
+    copy = tmp_path / "stage" / pinned.repo_id / pinned.commit_sha
+    assert {path.name for path in copy.iterdir()} == {file.path for file in pinned.files}
+
+
+def test_a_damaged_staged_file_never_gets_a_final_name(place: WeightsPlace, tmp_path: Path) -> None:
+    pinned = place.pin()
+    spec = SPEC.model_copy(update={"route": Route.STAGE, "staging_dir": str(tmp_path / "stage")})
+    shard = next(file for file in pinned.files if file.path.endswith(".safetensors"))
+    staged = tmp_path / "stage" / pinned.repo_id / pinned.commit_sha / shard.path
+    staged.parent.mkdir(parents=True)
+    staged.write_bytes(bytes(shard.size_bytes))
+    with pytest.raises(HashMismatch, match="sha256"):
+        place.publish(pinned, spec)
+    assert not any(name.endswith(".safetensors") for name in place.names())
+
+
+FAULTS: list[tuple[str, list[FaultRule]]] = [
+    ("hub answers 503", [on_hub(Reply(status=503), first=3)]),
+    ("hub answers 429 with Retry-After", [on_hub(Reply(status=429, retry_after_s=1), first=2)]),
+    ("hub connection is reset", [on_hub(Drop(at=0.4), first=4)]),
+    ("hub connection is reset before the status", [on_hub(Drop(at=0.0), first=4)]),
+    ("hub body is truncated", [on_hub(Truncate(at=0.7), first=4)]),
+    ("hub stalls", [on_hub(Stall(seconds=30, at=0.5), first=1)]),
+    ("hub ignores the range", [on_hub(IgnoreRange(), first=3)]),
+    ("hub lies about the length, short", [on_hub(MisstateLength(factor=0.5), first=3)]),
+    ("hub lies about the length, long", [on_hub(MisstateLength(factor=1.5), first=3)]),
+    ("hub corrupts a byte", [on_hub(Corrupt(at=0.3), first=1)]),
+    ("bucket answers 503", [on_storage(Reply(status=503), first=3)]),
+    ("bucket answers 429", [on_storage(Reply(status=429, retry_after_s=1), first=2)]),
+    ("bucket drops a request", [on_storage(Drop(during="request", at=0.5), first=3)]),
+    ("bucket loses an answer", [on_storage(Drop(at=0.0), first=3)]),
+    ("bucket stalls", [on_storage(Stall(seconds=30), first=1)]),
+    ("bucket fails to begin", [FaultRule(fault=Reply(status=500), method="POST", path=r"\?uploads", first=2)]),
+    (
+        "bucket loses the answer to a completion",
+        [FaultRule(fault=Drop(at=0.0), method="POST", path="uploadId", first=2)],
+    ),
+    ("bucket loses the answer to a move", [FaultRule(fault=Drop(at=0.0), method="POST", path="rewriteTo", first=2)]),
+    ("bucket loses the answer to the marker", [FaultRule(fault=Drop(at=0.0), method="POST", path="/upload/", first=2)]),
+]
+
+
+@pytest.mark.parametrize("rules", [rules for _, rules in FAULTS], ids=[name for name, _ in FAULTS])
+def test_a_passing_fault_is_survived_and_the_result_is_exact(make_place: PlaceMaker, rules: list[FaultRule]) -> None:
+    place = make_place()
+    pinned = place.pin()
+    for rule in rules:
+        (place.hub if rule.method == "GET" else place.storage).faults.add(rule)
+    place.publish(pinned, SPEC.model_copy(update={"stall_timeout_s": 1.0}))
+    injected = place.hub.faults.injected or place.storage.faults.injected
+    assert sum(injected.values()) >= 1, "the fault must have been met"
+    place.assert_published(pinned)
+    assert find_leftovers(place.target) == ()
+
+
+def test_a_corrupted_part_is_found_and_only_it_is_sent_again(make_place: PlaceMaker) -> None:
+    place = make_place(files=model_files(shards=1, shard_bytes=30 * MIB))
+    place.hub.faults.add(on_hub(Corrupt(), first=1))
+    pinned = place.pin()
+    report = place.publish(pinned)
+    place.assert_published(pinned)
+    assert report.bytes_sent == pinned.total_bytes + 5 * MIB
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (Corrupt(at=0.5), HashMismatch),
+        (Truncate(at=0.0), TransferFailed),
+        (IgnoreRange(), TransferFailed),
+        (MisstateLength(factor=0.9), TransferFailed),
+        (Reply(status=500), TransferFailed),
+    ],
+)
+def test_a_lasting_fault_is_an_error_that_names_the_file_and_leaves_no_final_name(
+    make_place: PlaceMaker, fault: Fault, error: type[Exception]
+) -> None:
+    place = make_place()
+    pinned = place.pin()
+    place.hub.faults.add(on_hub(fault))
+    with pytest.raises(error, match=r"model-0000\d-of-00002.safetensors"):
+        place.publish(pinned, SPEC.model_copy(update={"attempts": 2}))
+    assert not any(name.endswith(".safetensors") or name.endswith("ready.json") for name in place.names())
+    place.hub.faults.clear()
+    place.publish(pinned)
+    place.assert_published(pinned)
+
+
+def test_an_expired_signed_link_is_renewed(make_place: PlaceMaker) -> None:
+    place = make_place(cdn_link_ttl_s=600, files=model_files(shards=2, shard_bytes=40 * MIB))
+    pinned = place.pin()
+
+    def expire(progress: Progress) -> None:
+        if progress.bytes_done:
+            place.hub.expire_cdn_links()
+
+    place.publish(pinned, on_progress=expire)
+    place.assert_published(pinned)
+
+
+def test_the_token_goes_to_the_hub_alone(make_place: PlaceMaker) -> None:
+    place = make_place(cdn_link_ttl_s=600, tokens={"hf_secret": HubToken("me")})
+    pinned = place.pin("hf_secret")
+    place.publish(pinned, token="hf_secret")
+    hub_host, cdn_host = (url.removeprefix("http://") for url in (place.hub.url, place.hub.cdn_url))
+    with_token = {record.host for record in place.hub.requests if record.has_token}
+    assert with_token == {hub_host}
+    assert any(record.host == cdn_host for record in place.hub.requests)
+
+
+def test_a_redirect_to_another_host_does_not_get_the_token(make_place: PlaceMaker, tmp_path: Path) -> None:
+    place = make_place(tokens={"hf_secret": HubToken("me")})
+    other = make_other_hub(tmp_path)
+    try:
+        pinned = place.pin("hf_secret")
+        place.hub.faults.add(on_hub(Redirect(origin=other.url), first=1))
+        place.publish(pinned, SPEC.model_copy(update={"attempts": 3}), token="hf_secret")
+        place.assert_published(pinned)
+        assert other.requests
+        assert not any(record.has_token for record in other.requests)
+    finally:
+        other.stop()
+
+
+def make_other_hub(folder: Path) -> Any:
+    from sandbox.hub import HubServer
+
+    return HubServer(root=folder / "other").start()
+
+
+def test_a_live_model_path_stays_whole_until_the_new_one_is_proven(make_place: PlaceMaker) -> None:
+    place = make_place(layout=WeightsLayout.ROOT)
+    old = place.pin()
+    place.publish(old)
+    before = {stored.name: stored.generation for stored in place.client.list_objects()}
+    place.files = model_files(shards=3, seed="b")
+    place.hub.store.publish("org/model", place.files)
+    new = place.pin()
+    place.hub.faults.add(on_hub(Reply(status=500), path="00003-of-00003"))
+    with pytest.raises(TransferFailed):
+        place.publish(new, SPEC.model_copy(update={"attempts": 2}))
+    now = {stored.name: stored.generation for stored in place.client.list_objects()}
+    assert before.items() <= now.items(), "the failed run has touched nothing that was live"
+    place.hub.faults.clear()
+    place.publish(new)
+    place.assert_published(new)
+
+
+def test_files_that_others_put_into_the_path_are_left_alone(make_place: PlaceMaker) -> None:
+    place = make_place(layout=WeightsLayout.ROOT)
+    place.client.write_json("notes.json", {})
+    place.publish()
+    assert "notes.json" in place.names()
+
+
+# A process that is killed
+
+
+@pytest.fixture
+def killed(make_place: PlaceMaker, tmp_path: Path) -> WeightsPlace:
+    """A place in which a publishing process was killed in the middle."""
+    place = make_place(cdn_link_ttl_s=600, files=model_files(shards=3, shard_bytes=40 * MIB))
+    pinned = place.pin()
+    request = tmp_path / "request.json"
+    request.write_text(
+        json.dumps(
+            {
+                "pinned": pinned.model_dump(mode="json"),
+                "target": place.target.model_dump(mode="json"),
+                "spec": SPEC.model_copy(update={"claim_ttl_s": 60.0}).model_dump(mode="json"),
+            }
+        )
+    )
+    # The last shard never comes, so the process cannot be done before it is killed.
+    place.hub.faults.add(on_hub(Stall(seconds=60), path=pinned.files[-2].sha256 or "", probability=1.0))
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("publishing_process.py")), str(request)])
+    deadline = time.monotonic() + 120
+    while place.sent_bytes() < 45 * MIB and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed in the middle, not at its end"
+    place.hub.faults.clear()
+    return place
+
+
+def test_after_a_kill_only_what_had_not_arrived_is_sent(killed: WeightsPlace) -> None:
+    pinned = killed.pin()
+    arrived = killed.sent_bytes()
+    assert any(change.kind == "MultipartUpload" for change in find_leftovers(killed.target))
+    report = killed.publish(pinned)
+    killed.assert_published(pinned)
+    in_flight = 2 * SPEC.connections * SPEC.part_bytes
+    assert report.bytes_sent <= pinned.total_bytes - arrived + in_flight
+    assert report.bytes_sent < pinned.total_bytes
+    assert find_leftovers(killed.target) == ()
+
+
+def test_parts_that_a_dead_process_sent_wrongly_never_get_a_final_name(make_place: PlaceMaker) -> None:
+    place = make_place(files=model_files(shards=1, shard_bytes=20 * MIB))
+    pinned = place.pin()
+    place.hub.faults.add(on_hub(Corrupt(), first=1), on_hub(Reply(status=500)))
+    with pytest.raises(TransferFailed):
+        place.publish(pinned, SPEC.model_copy(update={"attempts": 2, "connections": 1}))
+    assert any(change.kind == "MultipartUpload" for change in find_leftovers(place.target))
+    place.hub.faults.clear()
+    report = place.publish(pinned)
+    place.assert_published(pinned)
+    assert report.bytes_sent >= pinned.total_bytes, "nothing of the wrong upload was trusted"
+
+
+def test_leftovers_of_a_run_that_nobody_continues_are_found_and_removed(killed: WeightsPlace) -> None:
+    found = find_leftovers(killed.target)
+    assert {change.kind for change in found} >= {"MultipartUpload", "Object"}
+    removed = remove_leftovers(killed.target)
+    assert {change.name for change in removed} == {change.name for change in found}
+    assert find_leftovers(killed.target) == ()
+    assert killed.names() == set()
+
+
+def test_leftovers_that_this_run_cannot_use_are_removed_by_it(killed: WeightsPlace) -> None:
+    larger = SPEC.model_copy(update={"part_bytes": 6 * MIB})
+    report = killed.publish(spec=larger)
+    assert report.leftovers_removed >= 1
+    assert find_leftovers(killed.target) == ()
+
+
+# Two writers
+
+
+def test_of_two_writers_one_wins_and_the_other_says_so(make_place: PlaceMaker) -> None:
+    place = make_place(files=model_files(shards=2, shard_bytes=30 * MIB))
+    pinned = place.pin()
+    place.hub.faults.add(on_hub(Stall(seconds=4), first=1))
+    outcomes: list[object] = []
+    begun = threading.Event()
+
+    def first() -> None:
+        outcomes.append(place.publish(pinned, on_progress=lambda _: begun.set()))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(60)
+    place.client.write_json  # noqa: B018: the second writer is another machine's: see below
+    other_machine = SPEC.model_copy(update={"claim_ttl_s": 3.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rollout.clients.claim.socket.gethostname", lambda: "another-machine")
+        with pytest.raises(AnotherWriter, match="process"):
+            place.publish(pinned, other_machine)
+    thread.join()
+    assert len(outcomes) == 1
+    place.assert_published(pinned)
+
+
+def test_a_claim_that_nobody_renews_is_taken_over(place: WeightsPlace) -> None:
+    pinned = place.pin()
+    name = f"{place.prefix(pinned)}.llm-rollout/transfer/writer.json"
+    dead = {"writer": "x", "host": "another-machine", "pid": 1, "ttl_s": 1.0, "renewed_at": "2026-01-01T00:00:00Z"}
+    place.client.write_json(name, dead)
+    place.publish(pinned)
+    place.assert_published(pinned)
+
+
+# Beyond one machine
+
+
+def test_shards_and_a_finish_give_what_one_run_gives(make_place: PlaceMaker) -> None:
+    place = make_place(files=model_files(shards=4, shard_bytes=6 * MIB))
+    pinned = place.pin()
+    reports = []
+    for index in range(3):
+        with pytest.raises(TransferFailed, match="are not in the bucket yet"):
+            finish(pinned, place.target)
+        reports.append(publish_shard(pinned, place.target, SPEC, index=index, count=3))
+    assert [report.shard for report in reports] == ["1 of 3", "2 of 3", "3 of 3"]
+    finish(pinned, place.target)
+    place.assert_published(pinned)
+    assert sorted(file.path for report in reports for file in report.files) == [file.path for file in pinned.files]
+    assert sum(report.bytes_sent for report in reports) == pinned.total_bytes
+    assert place.publish(pinned).status is StepStatus.UNCHANGED
+
+
+def test_a_shard_that_runs_again_sends_nothing_again(make_place: PlaceMaker) -> None:
+    place = make_place()
+    pinned = place.pin()
+    publish_shard(pinned, place.target, SPEC, index=0, count=2)
+    assert publish_shard(pinned, place.target, SPEC, index=0, count=2).bytes_sent == 0
