@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import requests
@@ -59,6 +60,8 @@ METRICS_SAMPLES = 30
 
 WARM_UP_REQUESTS = 3
 """Sent one after another before the first stage: lazy initialisation of the server is not its latency."""
+
+WARM_UP_TOKENS = 16
 
 _PATHS = {ApiEndpoint.COMPLETIONS: "/v1/completions", ApiEndpoint.CHAT: "/v1/chat/completions"}
 
@@ -123,14 +126,14 @@ class LoadGenerator:
     def warm_up(self) -> None:
         """A few requests that nobody measures. Raises RolloutError if none of them is answered."""
         sample = self._spec.workload.schedule(1.0, float(WARM_UP_REQUESTS))
-        outgoing = self._outgoing(sample, f"{self._salt}-warm-up")
+        short = [replace(request, output_tokens=min(request.output_tokens, WARM_UP_TOKENS)) for request in sample]
+        outgoing = self._outgoing(short, f"{self._salt}-warm-up")
         loop = StreamLoop(self._endpoint, self._spec.request_timeout_s, self._spec.request_timeout_s)
         for request in outgoing:
-            result = loop.run([OutgoingRequest(0.0, request.body, 0, 1)], duration_s=0.0)
-            failure = result.records[0]
-            if failure.failure is not None:
+            record = loop.run([replace(request, at_s=0.0)], duration_s=0.0).records[0]
+            if record.failure is not None:
                 raise RolloutError(
-                    f"the endpoint does not answer a benchmark request: {failure.detail}",
+                    f"the endpoint does not answer a benchmark request: {record.detail}",
                     where=self._api.base_url,
                     resolution="Run the smoke suite: it tells what works and what does not.",
                 )

@@ -341,7 +341,10 @@ class _Suite:
             raise _NotApplicable("served without --limit_mm_per_prompt.image")
         answer = self._post("/v1/chat/completions", image_request(self._model, limit + 1))
         self._seen = error_message(answer.body)[:120]
-        return refusal_problems(answer.status, answer.body, expected=(400, 422))
+        problems = refusal_problems(answer.status, answer.body, expected=(400, 422))
+        if not problems and str(limit) not in self._seen:
+            problems.append(f"refused, but not for the number of images: {self._seen}")
+        return problems
 
     def _check_structured_output(self) -> list[str]:
         answer = self._chat(structured_request(self._model))
