@@ -14,7 +14,7 @@ import re
 import shlex
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
@@ -560,6 +560,3 @@ def curl_line(base_url: str, path: str, body: Any = None) -> str:
         return f"curl -sS {url}"
     data = shlex.quote(body if isinstance(body, str) else json.dumps(body, ensure_ascii=False))
     return f"curl -sS {url} -H 'Content-Type: application/json' -d {data}"
-
-
-Problems = Callable[..., list[str]]
