@@ -183,7 +183,7 @@ def generate_manifests(
         raise BadInput(
             f"manifests of {request.model_server} are not rendered here.",
             where="--model-server",
-            resolution="Use --source=google for it, or vllm.",
+            resolution="Use --generator=google for it, or vllm.",
         )
     chip = accelerator(request.accelerator_type)
     use_case = use_case_named(request.use_case)
@@ -223,7 +223,7 @@ def server_version(text: str) -> tuple[int, ...]:
         raise BadInput(
             f"{text!r} is not a version of vLLM, so what it can load is not known.",
             where="--model-server-version",
-            resolution=f"Give a version such as {LATEST_VERSION}, or use --source=google.",
+            resolution=f"Give a version such as {LATEST_VERSION}, or use --generator=google.",
         )
     return tuple(int(part or 0) for part in match.groups())
 
@@ -303,7 +303,7 @@ def _autoscaling(
             f"no measured or catalogued curve of {request.model} on {request.accelerator_type} is known, so a latency"
             " target cannot be turned into a threshold.",
             where="autoscaling",
-            resolution="Run the benchmark first, or name a source: --source=google, --file=BENCHMARKS.csv.",
+            resolution="Run the benchmark first, or name another source: --source=google, --file=BENCHMARKS.csv.",
         )
     return autoscaling_for(profile, request.targets, startup_s=startup_s(facts, serving))
 

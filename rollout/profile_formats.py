@@ -29,6 +29,7 @@ from rollout.profiles import (
     Source,
     UseCase,
 )
+from rollout.recommend import Recommendation
 
 LIST_COLUMNS = (*PROFILE_COLUMNS, *OUR_COLUMNS)
 BENCHMARK_LIST_COLUMNS = (*BENCHMARK_COLUMNS, *OUR_BENCHMARK_COLUMNS)
@@ -144,6 +145,42 @@ def render_list(found: ProfileList, form: Format, columns: Sequence[Column] = LI
     compared = render_gaps(found.gaps)
     notes = "".join(f"Note: {note}\n" for note in found.notes)
     return "\n".join(part for part in (text if found.rows else "", compared, notes) if part)
+
+
+def render_recommendation(found: Recommendation, form: Format) -> str:
+    """Options, best first; in a table also the losers with their reasons."""
+    rows: list[Mapping[str, object]] = [
+        {
+            "rank": rank,
+            "model": each.profile.model,
+            "accelerator": f"{each.profile.accelerator_count} x {each.profile.accelerator}",
+            "replicas": each.replicas,
+            "usd_per_hour": _rounded(each.usd_per_hour, 2),
+            "usd_per_million_input_tokens": _rounded(each.usd_per_million_input_tokens, 3),
+            "usd_per_million_output_tokens": _rounded(each.usd_per_million_output_tokens, 3),
+            "output_tokens_per_s": round(each.point.output_tokens_per_s * each.replicas),
+            "ntpot_ms": _rounded(each.point.ntpot_ms, 1),
+            "ttft_ms": _rounded(each.point.ttft_ms, 1),
+            "headroom": f"{each.headroom:.0%}",
+            "source": each.profile.source.name,
+            "date": each.profile.source.as_of.isoformat() if each.profile.source.as_of else None,
+        }
+        for rank, each in enumerate(found.options, 1)
+    ]
+    text = render_data(rows, form) if rows or form is not Format.TABLE else ""
+    if form is not Format.TABLE:
+        return text
+    notes = [*found.notes, *(note for each in found.options for note in each.notes)]
+    losers = "".join(
+        f"Not chosen: {each.profile.model} on {each.profile.accelerator_count} x {each.profile.accelerator}"
+        f" ({_named(each.profile)}): {each.reason}\n"
+        for each in found.losers
+    )
+    return "\n".join(part for part in (text, "".join(f"Note: {note}\n" for note in notes), losers) if part)
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _named(profile: Profile) -> str:

@@ -604,6 +604,19 @@ def gaps(profiles: Sequence[Profile]) -> tuple[Gap, ...]:
     return tuple(found)
 
 
+def best_curve(profiles: Iterable[Profile]) -> Profile | None:
+    """The curve to derive a threshold from: the youngest measurement, else the prediction with the most load points."""
+    return max(
+        profiles,
+        key=lambda each: (
+            each.source.evidence is Evidence.MEASUREMENT,
+            each.source.as_of or date.min,
+            len(each.points),
+        ),
+        default=None,
+    )
+
+
 def possible_ranges(profiles: Sequence[Profile]) -> tuple[LatencyRange, ...]:
     """The latencies that any of the profiles offers."""
     found: dict[str, LatencyRange] = {}

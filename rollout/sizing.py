@@ -158,8 +158,8 @@ def _arithmetic(
     unit = "chip" if accelerator.kind is AcceleratorKind.TPU else "GPU"
     machine = accelerator.machine_for(gpus)
     shared = (
-        f"The smallest machine, {machine.type}, has {machine.accelerators} of them: on a Standard cluster other pods may"
-        " use the rest, on Autopilot the whole machine is paid for."
+        f"The smallest machine, {machine.type}, has {machine.accelerators} of them: on a Standard cluster other pods"
+        " may use the rest, on Autopilot the whole machine is paid for."
     )
     quantised = f" Flags that make it fit: {' '.join(flags)}." if flags else ""
     return (

@@ -55,11 +55,13 @@ class GoogleManifests(Value):
     version: str
     """The versions that the manifests were validated with."""
 
-    def text(self) -> str:
-        """As `gcloud … manifests create --output=all` prints it."""
-        return "".join(f"{document.rstrip()}\n---\n" for document in self.documents) + "".join(
-            f"# {line}\n" for line in self.comments
-        )
+    def documents_text(self) -> str:
+        """As `gcloud … manifests create --output=manifest` prints them."""
+        return "".join(f"{document.rstrip()}\n---\n" for document in self.documents)
+
+    def comments_text(self) -> str:
+        """As `--output=comments` prints them."""
+        return "".join(f"# {line}\n" for line in self.comments)
 
 
 class AutoscalerOmitted(RolloutError):
@@ -151,11 +153,11 @@ class Recommender:
             raise BadInput(
                 f"Google's generator of manifests does not exist in {self._target.universe.domain}.",
                 where=SERVICE,
-                resolution="Leave --source=local: the manifests are rendered here.",
+                resolution="Use --generator=local: the manifests are rendered here.",
             )
         if targets.itl_ms is not None:
             raise UnsupportedFilter(
-                "Google's API v1 takes no ITL target.", where=SERVICE, resolution="Use --source=local for it."
+                "Google's API v1 takes no ITL target.", where=SERVICE, resolution="Use --generator=local for it."
             )
         request = giq.GenerateOptimizedManifestRequest(
             model_server_info=giq.ModelServerInfo(

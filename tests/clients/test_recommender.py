@@ -204,8 +204,8 @@ def test_manifests_come_as_google_wrote_them(recommender: Recommender) -> None:
 
     assert found.kinds == ("Deployment", "Service", "PodMonitoring")
     assert "--model=gs://my-bucket/gpt" in found.documents[0]
-    assert found.text().count("\n---\n") == 3
-    assert "# Synthetic" in found.text()
+    assert found.documents_text().count("\n---\n") == 3
+    assert "# Synthetic" in found.comments_text()
 
 
 def test_a_target_that_can_be_reached_brings_the_autoscaler(recommender: Recommender) -> None:
@@ -222,7 +222,7 @@ def test_an_autoscaler_that_google_leaves_out_is_noticed(recommender: Recommende
 def test_universes_without_the_generator_are_sent_to_the_local_one(server: RecommenderServer) -> None:
     target = target_of(server, universe=Universe(domain="s3nsapis.fr"))
 
-    with pytest.raises(BadInput, match="--source=local"):
+    with pytest.raises(BadInput, match="--generator=local"):
         Recommender(target).manifests(**MANIFEST, targets=Targets())
     assert Recommender(target).models()  # the lists exist there
 
