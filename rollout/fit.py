@@ -167,6 +167,22 @@ def check_memory(
     return ok(name, fit.arithmetic())
 
 
+def check_context_window(config: Mapping[str, Any], serving: ServingSpec) -> Check:
+    """The preflight check of `max_model_len` against the model's own limit: vLLM refuses to start above it."""
+    name = "context window"
+    shape = model_shape(config)
+    if shape is None or serving.max_model_len is None:
+        return not_applicable(name, "vLLM takes the model's own limit")
+    longest = shape.max_position_embeddings
+    if serving.max_model_len <= longest:
+        return ok(name, f"{serving.max_model_len} of the model's {longest} tokens")
+    return failed(
+        name,
+        f"max_model_len={serving.max_model_len}, but the model was made for {longest} tokens",
+        f"Set max_model_len to {longest} or less.",
+    )
+
+
 def check_ephemeral_storage(weights_bytes: int, serving: ServingSpec, *, cached_on_disk: bool) -> Check:
     """The 90 GiB trap: a model that is cached on the boot disk needs a larger disk, or a cache in memory."""
     name = "fits on the boot disk"

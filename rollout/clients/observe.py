@@ -25,7 +25,7 @@ from rollout.clients.projects import Projects
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import read_provenance
 from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
-from rollout.fit import check_ephemeral_storage, check_memory
+from rollout.fit import check_context_window, check_ephemeral_storage, check_memory
 from rollout.model import PinnedModel
 from rollout.objects import WeightsSource
 from rollout.plan import Observation
@@ -225,6 +225,7 @@ def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hu
     config = read_config(model, observer.target, hub_token)
     observer.found["checkpoint_config"] = config
     observer.checks.append(check_memory(weights_bytes, config, serving, accelerator(serving.accelerator.type)))
+    observer.checks.append(check_context_window(config, serving))
     observer.checks.append(
         check_ephemeral_storage(weights_bytes, serving, cached_on_disk=caches_on_disk(serving, WeightsSource.BUCKET))
     )

@@ -4,7 +4,7 @@ import pytest
 
 from rollout.accelerators import GIB, accelerator
 from rollout.errors import BadInput
-from rollout.fit import check_ephemeral_storage, check_memory, memory_fit, model_shape
+from rollout.fit import check_context_window, check_ephemeral_storage, check_memory, memory_fit, model_shape
 from rollout.preflight import CheckState
 from rollout.serving import Accelerator, ServingSpec
 
@@ -76,6 +76,17 @@ def test_context_window_larger_than_the_cache_names_the_possible_length() -> Non
 
 def test_config_without_layers_is_unknown_not_ok() -> None:
     assert check_memory(GIB, {}, spec(), accelerator("nvidia-l4")).state is CheckState.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("length", "state"),
+    [(131072, CheckState.OK), (131073, CheckState.FAILED), (None, CheckState.NOT_APPLICABLE)],
+)
+def test_a_context_window_beyond_the_models_own_is_refused(length: int | None, state: CheckState) -> None:
+    check = check_context_window(LLAMA_8B, spec(max_model_len=length))
+    assert check.state is state
+    if state is CheckState.FAILED:
+        assert "131072 or less" in check.resolution
 
 
 @pytest.mark.parametrize(
