@@ -1,0 +1,110 @@
+"""An embedded cloud for the flow tests, and targets of their own for each of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rollout.policy import RolloutPolicy
+from rollout.request import RolloutRequest
+from rollout.target import Target
+from sandbox.cloud import EmbeddedCloud
+from sandbox.hub_store import HubStore
+from sandbox.models import tiny_model
+
+TINY_REPO = "tests/tiny-model"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one test needs to roll a model out: presets as files, and nobody else's resources."""
+
+    cloud: EmbeddedCloud
+    folder: Path
+    target: Target
+    target_file: Path
+    model_file: Path
+
+    @property
+    def report_file(self) -> Path:
+        return self.folder / "report.json"
+
+    def request(self, **policy: Any) -> RolloutRequest:
+        return RolloutRequest(
+            model=str(self.model_file),
+            target=str(self.target_file),
+            policy=RolloutPolicy.model_validate({"benchmark": None, **policy}),
+        )
+
+    def write_model(self, **changes: Any) -> None:
+        """The tiny model's preset, with other fields of its serving spec."""
+        serving: dict[str, Any] = {
+            "name": self.target.namespace,
+            "service_name": f"{self.target.namespace}-svc",
+            "app": self.target.namespace,
+            "served_model_name": TINY_REPO,
+            "resources": {"cpu": "1", "memory": "1Gi", "ephemeral_storage": "1Gi"},
+            "max_model_len": 128,
+            "max_images_per_prompt": None,
+            "tool_call_parser": None,
+            "reasoning_parser": None,
+            "ready_timeout_s": 120,
+            "termination_grace_period_s": 5,
+        }
+        preset = {"model": {"repo_id": TINY_REPO}, "serving": serving | changes}
+        self.model_file.write_text(yaml.safe_dump(preset), encoding="utf-8")
+
+    def write_target(self, **changes: Any) -> Target:
+        """The target with other fields, as file and as value."""
+        target = Target.model_validate(self.target.model_dump(mode="json") | changes)
+        self.target_file.write_text(yaml.safe_dump(target.model_dump(mode="json")), encoding="utf-8")
+        return target
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedCloud]:
+    """One embedded cloud for all flow tests, with the tiny model on its hub."""
+    root = tmp_path_factory.mktemp("cloud")
+    embedded = EmbeddedCloud(root)
+    HubStore(embedded.hub_root).publish(TINY_REPO, tiny_model(root / "tiny"))
+    with embedded:
+        yield embedded
+
+
+@pytest.fixture(scope="session")
+def _numbers() -> Iterator[int]:
+    return itertools.count(1)
+
+
+@pytest.fixture
+def make_stage(cloud: EmbeddedCloud, tmp_path: Path, _numbers: Iterator[int]) -> Callable[[], Stage]:
+    """Stages with bucket, namespace, cluster and identity of their own."""
+
+    def make() -> Stage:
+        name = f"stage-{next(_numbers)}"
+        folder = tmp_path / name
+        folder.mkdir()
+        target = cloud.target(
+            bucket=f"models-{name}",
+            namespace=name,
+            cluster={"name": name},
+            gsa=f"{name}-gsa",
+            ksa=f"{name}-ksa",
+        )
+        stage = Stage(cloud, folder, target, folder / "target.yaml", folder / "model.yaml")
+        stage.write_target()
+        stage.write_model()
+        return stage
+
+    return make
+
+
+@pytest.fixture
+def stage(make_stage: Callable[[], Stage]) -> Stage:
+    return make_stage()

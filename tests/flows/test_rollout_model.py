@@ -1,0 +1,208 @@
+"""The whole story against the embedded cloud, through the flows that production runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.rollout_model import rollout_model
+from flows.teardown_model import teardown_model
+from rollout.clients.gke import Gke
+from rollout.clients.iam import ServiceAccounts
+from rollout.clients.records import RecordStore
+from rollout.clients.storage import StorageClient
+from rollout.errors import (
+    BadInput,
+    BucketNotOurs,
+    PreflightFailed,
+    RepositoryNotFound,
+    RevisionNotFound,
+    StartupFailed,
+)
+from rollout.policy import Teardown, Weights
+from rollout.record import RolloutReport, Verdict
+from rollout.report import Action, StepStatus
+from sandbox.hub_store import HubStore
+from sandbox.models import remove_shard, tiny_model
+from tests.flows.conftest import Stage
+
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
+
+STEPS = [
+    "pin model",
+    "observe",
+    "plan",
+    "approval",
+    "provision bucket",
+    "provision cluster",
+    "publish weights",
+    "check layout",
+    "workload identity",
+    "apply manifests",
+    "wait until available",
+    "smoke test",
+    "benchmark",
+]
+
+
+def statuses(report: RolloutReport) -> dict[str, StepStatus]:
+    return {step.name: step.status for step in report.steps}
+
+
+def read(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def test_rollout_rerun_and_teardown_tell_the_whole_story(stage: Stage) -> None:
+    first = rollout_model(stage.request(), report_file=str(stage.report_file))
+    assert first.verdict is Verdict.DONE
+    assert sorted(statuses(first)) == sorted(STEPS)
+    assert first.weights is not None
+    assert all(file.sha256 for file in first.weights.files if file.path.endswith(".safetensors"))
+    assert first.weights.bytes_sent >= first.weights.total_bytes
+
+    rerun = rollout_model(stage.request(), report_file=str(stage.folder / "rerun.json"))
+    assert rerun.changed_nothing
+    assert rerun.weights is not None
+    assert rerun.weights.bytes_sent == 0
+    assert statuses(rerun)["apply manifests"] is StepStatus.UNCHANGED
+    assert rerun.plan is not None
+    assert not rerun.plan.changes_anything
+
+    ended = teardown_model(target=str(stage.target_file), report_file=str(stage.report_file), weights=Weights.DELETE)
+    assert ended.teardown is not None
+    assert ended.teardown.left == ()
+    assert {change.kind for change in ended.teardown.removed} >= {"Deployment", "Cluster", "ServiceAccount", "Bucket"}
+    assert read(stage.report_file)["teardown"]["left"] == []
+    assert Gke(stage.target).get() is None
+    assert ServiceAccounts(stage.target).get(stage.target.gsa_email) is None
+    assert not StorageClient(stage.target).bucket_exists()
+
+
+def test_the_bucket_keeps_the_record_from_before_the_first_change(stage: Stage) -> None:
+    report = rollout_model(stage.request())
+    (kept,) = RecordStore(stage.target).read_all()
+    assert kept.run_id == report.run_id
+    assert kept.verdict is Verdict.DONE
+    assert ("Cluster", stage.target.cluster.name) in kept.created
+    teardown_model(target=str(stage.target_file), model=str(stage.model_file))
+
+
+def test_what_was_adopted_stays_after_teardown(stage: Stage) -> None:
+    bucket = StorageClient(stage.target)._client.bucket(stage.target.bucket)
+    StorageClient(stage.target)._client.create_bucket(bucket, location=stage.target.region)
+    rollout_model(stage.request())
+    ended = teardown_model(target=str(stage.target_file), model=str(stage.model_file), weights=Weights.DELETE)
+    assert ended.teardown is not None
+    kept = {change.kind: change for change in ended.teardown.kept}
+    assert kept["Bucket"].action is Action.ADOPTED
+    assert StorageClient(stage.target).bucket_exists()
+
+
+def test_a_trial_is_torn_down_by_its_policy(stage: Stage) -> None:
+    report = rollout_model(stage.request(teardown=Teardown.ALWAYS))
+    assert report.teardown is not None
+    assert report.teardown.left == ()
+    assert Gke(stage.target).get() is None
+
+
+def test_a_failed_start_is_diagnosed_and_torn_down(stage: Stage) -> None:
+    stage.write_model(extra_args=["--no-such-flag"])
+    with pytest.raises((StartupFailed, BadInput), match="no-such-flag"):
+        rollout_model(stage.request(teardown=Teardown.ON_FAILURE), report_file=str(stage.report_file))
+    record = read(stage.report_file)
+    assert record["verdict"] == "failed"
+    assert "no-such-flag" in record["error"]
+    assert Gke(stage.target).get() is None
+
+
+def test_two_models_share_a_target_and_one_survives_the_others_teardown(stage: Stage) -> None:
+    rollout_model(stage.request())
+    second = stage.folder / "second.yaml"
+    second.write_text(stage.model_file.read_text().replace(stage.target.namespace, "second-model"))
+    request = stage.request().model_copy(update={"model": str(second)})
+    rollout_model(request)
+
+    ended = teardown_model(target=str(stage.target_file), model=str(stage.model_file))
+    assert ended.teardown is not None
+    assert ended.teardown.left == ()
+    kept = {change.kind: change.detail for change in ended.teardown.kept}
+    assert "second-model" in kept["Cluster"]
+    again = rollout_model(request)
+    assert again.changed_nothing
+
+    last = teardown_model(target=str(stage.target_file), model=str(second))
+    assert last.teardown is not None
+    assert {"Cluster", "ServiceAccount"} <= {change.kind for change in last.teardown.removed}
+
+
+def nothing_was_made(stage: Stage) -> None:
+    assert Gke(stage.target).get() is None
+    assert ServiceAccounts(stage.target).get(stage.target.gsa_email) is None
+
+
+def test_an_unknown_repository_ends_before_anything_is_made(stage: Stage) -> None:
+    stage.model_file.write_text(stage.model_file.read_text().replace("tests/tiny-model", "tests/absent"))
+    with pytest.raises(RepositoryNotFound, match="tests/absent"):
+        rollout_model(stage.request())
+    nothing_was_made(stage)
+    assert not StorageClient(stage.target).bucket_exists()
+
+
+def test_an_unknown_revision_ends_before_anything_is_made(stage: Stage) -> None:
+    with pytest.raises(RevisionNotFound, match="no-such-branch"):
+        rollout_model(stage.request().model_copy(update={"revision": "no-such-branch"}))
+    nothing_was_made(stage)
+
+
+def test_a_gated_repository_says_where_to_accept_the_licence(stage: Stage) -> None:
+    store = HubStore(stage.cloud.hub_root)
+    store.publish("tests/gated", tiny_model(stage.folder / "gated"))
+    store.restrict("tests/gated", gate="auto")
+    stage.model_file.write_text(stage.model_file.read_text().replace("tests/tiny-model", "tests/gated"))
+    with pytest.raises(BadInput, match=r"gated.*licen[cs]e") as caught:
+        rollout_model(stage.request())
+    assert "tests/gated" in str(caught.value)
+    nothing_was_made(stage)
+
+
+def test_a_checkpoint_without_a_shard_is_refused(stage: Stage) -> None:
+    folder = tiny_model(stage.folder / "broken")
+    missing = remove_shard(folder)
+    HubStore(stage.cloud.hub_root).publish("tests/broken", folder)
+    stage.model_file.write_text(stage.model_file.read_text().replace("tests/tiny-model", "tests/broken"))
+    with pytest.raises(BadInput, match=missing):
+        rollout_model(stage.request(teardown=Teardown.ON_FAILURE))
+    nothing_was_made(stage)
+
+
+def test_a_name_that_kubernetes_refuses_is_refused_before_it_is_asked(stage: Stage) -> None:
+    stage.write_model(service_name="Bad_Name")
+    with pytest.raises(BadInput, match="service_name"):
+        rollout_model(stage.request())
+    nothing_was_made(stage)
+
+
+def test_a_bucket_of_somebody_else_fails_the_preflight(stage: Stage) -> None:
+    target = stage.write_target(bucket="somebody-elses-bucket")
+    with pytest.raises((PreflightFailed, BucketNotOurs), match="somebody-elses-bucket"):
+        rollout_model(stage.request())
+    nothing_was_made(stage)
+    assert target.bucket == "somebody-elses-bucket"
+
+
+def test_an_unreachable_cluster_is_one_error_that_says_where(stage: Stage) -> None:
+    kubeconfig = stage.folder / "kubeconfig"
+    kubeconfig.write_text(
+        "apiVersion: v1\nkind: Config\ncurrent-context: away\n"
+        "contexts: [{name: away, context: {cluster: away, user: nobody}}]\n"
+        "clusters: [{name: away, cluster: {server: 'https://127.0.0.1:9'}}]\nusers: [{name: nobody, user: {}}]\n"
+    )
+    stage.write_target(cluster={"mode": "kubeconfig", "kubeconfig": str(kubeconfig), "context": "away"})
+    with pytest.raises((PreflightFailed, BadInput), match=r"127\.0\.0\.1:9"):
+        rollout_model(stage.request())
+    assert not StorageClient(stage.target).bucket_exists()
