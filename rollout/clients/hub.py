@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin
 
-import httpx
 from huggingface_hub import HfApi
-from huggingface_hub import errors as hf
+from huggingface_hub import errors as hf  # its HTTPError is that of whichever httpx the release uses
 from huggingface_hub.hf_api import RepoFile
 
 from rollout import errors
@@ -107,7 +106,7 @@ class HubClient:
         def mapped() -> None:
             try:
                 self._api.hf_hub_download(pinned.repo_id, file.path, revision=pinned.commit_sha, local_dir=folder)
-            except (hf.HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError) as error:
+            except (hf.HTTPError, OSError, RuntimeError) as error:
                 # hf_xet raises RuntimeError.
                 raise transient(f"huggingface_hub could not fetch {file.path} ({type(error).__name__}).") from None
 
@@ -139,7 +138,7 @@ class HubClient:
         def mapped() -> Any:
             try:
                 return call()
-            except (hf.HfHubHTTPError, hf.OfflineModeIsEnabled, httpx.HTTPError, ValueError) as error:
+            except (hf.HTTPError, hf.OfflineModeIsEnabled, ValueError) as error:
                 raise self._error_for(error, model) from _without_request(error)
 
         return with_retries(mapped, attempts=METADATA_ATTEMPTS)
@@ -332,5 +331,5 @@ def _model_file(file: RepoFile) -> ModelFile:
 
 
 def _without_request(error: Exception) -> Exception | None:
-    # httpx errors hold the request, and with it the Authorization header, which a pickled traceback would carry along.
-    return None if isinstance(error, httpx.HTTPError | hf.HfHubHTTPError) else error
+    # HTTP errors hold the request, and with it the Authorization header, which a pickled traceback would carry along.
+    return None if isinstance(error, hf.HTTPError) else error

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from sandbox.checkpoint import write_json
-from sandbox.hub_store import HubStore
-from sandbox.processes import Child
-
 CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(CHECKOUT))
+
+from sandbox.checkpoint import write_json  # noqa: E402
+from sandbox.hub_store import HubStore  # noqa: E402
+from sandbox.processes import Child  # noqa: E402
+
 REPO = "benchmark/model"
 READY_TIMEOUT_S = 120.0
 GIB = 2**30
@@ -59,40 +61,37 @@ class Servers:
     """Hub and bucket, each a process of its own."""
 
     def __init__(self, root: Path, *, hub: Sequence[str] = (), storage: Sequence[str] = ()) -> None:
-        self._children = [
-            Child(
-                [sys.executable, "-m", "sandbox.hub", "--root", str(root / "hub"), *hub],
-                log=root / "hub.log",
-                cwd=CHECKOUT,
-            ),
-            Child(
-                [sys.executable, "-m", "sandbox.storage", "--root", str(root / "storage"), *storage],
-                log=root / "storage.log",
-                cwd=CHECKOUT,
-            ),
-        ]
-        self.hub_url, self.storage_url = (child.ready_line(READY_TIMEOUT_S)["url"] for child in self._children)
+        self._children = {
+            "hub": _server("sandbox.hub", root / "hub", hub),
+            "storage": _server("sandbox.storage", root / "storage", storage),
+        }
+        self.hub_url, self.storage_url = (child.ready_line(READY_TIMEOUT_S)["url"] for child in self._children.values())
 
     def __enter__(self) -> Servers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self._children:
+        for child in self._children.values():
             child.stop()
 
-    def requests(self, server: str) -> list[dict[str, Any]]:
-        """The request log of `hub` or `storage`."""
-        url = self.hub_url if server == "hub" else self.storage_url
-        with urllib.request.urlopen(f"{url}/_sandbox/stats", timeout=60) as response:
-            return list(json.load(response)["requests"])
+    def faults(self) -> dict[str, int]:
+        """How often each kind of fault was injected by the hub."""
+        with urllib.request.urlopen(f"{self.hub_url}/_sandbox/stats", timeout=60) as response:
+            return dict(json.load(response)["faults"])
 
     def cpu_s(self) -> float:
         """What the servers themselves have used."""
         ticks = os.sysconf("SC_CLK_TCK")
-        fields = [
-            Path(f"/proc/{child.process.pid}/stat").read_text().rpartition(")")[2].split() for child in self._children
-        ]
-        return sum((int(values[11]) + int(values[12])) / ticks for values in fields)
+        total = 0
+        for child in self._children.values():
+            fields = Path(f"/proc/{child.process.pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])  # utime and stime: man 5 proc
+        return total / ticks
+
+
+def _server(module: str, root: Path, options: Sequence[str]) -> Child:
+    command = [sys.executable, "-m", module, "--root", str(root), *options]
+    return Child(command, log=root.with_suffix(".log"), cwd=CHECKOUT)
 
 
 def run_arm(arm: str, servers: Servers, root: Path, *more: str, bucket: str, keep: bool = False) -> dict[str, Any]:

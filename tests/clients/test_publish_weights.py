@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +16,7 @@ from rollout.clients.transfer import find_leftovers, finish, publish_shard, read
 from rollout.errors import AnotherWriter, HashMismatch, TransferFailed
 from rollout.report import StepStatus
 from rollout.target import WeightsLayout
-from rollout.transfer import Progress, Route, Source
+from rollout.transfer import Progress, Route, Source, TransferSpec
 from sandbox.faults import (
     Corrupt,
     Drop,
@@ -32,7 +29,7 @@ from sandbox.faults import (
     Stall,
     Truncate,
 )
-from sandbox.hub import HubToken
+from sandbox.hub import HubServer, HubToken
 from tests.clients.weights_place import MIB, SPEC, WeightsPlace, model_files, on_hub, on_storage, start
 
 PlaceMaker = Callable[..., WeightsPlace]
@@ -227,7 +224,7 @@ def test_the_token_goes_to_the_hub_alone(make_place: PlaceMaker) -> None:
 
 def test_a_redirect_to_another_host_does_not_get_the_token(make_place: PlaceMaker, tmp_path: Path) -> None:
     place = make_place(tokens={"hf_secret": HubToken("me")})
-    other = make_other_hub(tmp_path)
+    other = HubServer(root=tmp_path / "other").start()
     try:
         pinned = place.pin("hf_secret")
         place.hub.faults.add(on_hub(Redirect(origin=other.url), first=1))
@@ -237,12 +234,6 @@ def test_a_redirect_to_another_host_does_not_get_the_token(make_place: PlaceMake
         assert not any(record.has_token for record in other.requests)
     finally:
         other.stop()
-
-
-def make_other_hub(folder: Path) -> Any:
-    from sandbox.hub import HubServer
-
-    return HubServer(root=folder / "other").start()
 
 
 def test_a_live_model_path_stays_whole_until_the_new_one_is_proven(make_place: PlaceMaker) -> None:
@@ -273,29 +264,32 @@ def test_files_that_others_put_into_the_path_are_left_alone(make_place: PlaceMak
 # A process that is killed
 
 
+def publishing_process(place: WeightsPlace, folder: Path, spec: TransferSpec) -> subprocess.Popen[bytes]:
+    request = folder / "request.json"
+    values = {"pinned": place.pin(), "target": place.target, "spec": spec}
+    request.write_text(json.dumps({name: value.model_dump(mode="json") for name, value in values.items()}))
+    return subprocess.Popen([sys.executable, str(Path(__file__).with_name("publishing_process.py")), str(request)])
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the process ended before that"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def killed(make_place: PlaceMaker, tmp_path: Path) -> WeightsPlace:
     """A place in which a publishing process was killed in the middle."""
     place = make_place(cdn_link_ttl_s=600, files=model_files(shards=3, shard_bytes=40 * MIB))
-    pinned = place.pin()
-    request = tmp_path / "request.json"
-    request.write_text(
-        json.dumps(
-            {
-                "pinned": pinned.model_dump(mode="json"),
-                "target": place.target.model_dump(mode="json"),
-                "spec": SPEC.model_copy(update={"claim_ttl_s": 60.0}).model_dump(mode="json"),
-            }
-        )
-    )
     # The last shard never comes, so the process cannot be done before it is killed.
-    place.hub.faults.add(on_hub(Stall(seconds=60), path=pinned.files[-2].sha256 or "", probability=1.0))
-    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("publishing_process.py")), str(request)])
-    deadline = time.monotonic() + 120
-    while place.sent_bytes() < 45 * MIB and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed in the middle, not at its end"
+    last = place.pin().files[-2]
+    place.hub.faults.add(on_hub(Stall(seconds=60), path=last.sha256 or ""))
+    process = publishing_process(place, tmp_path, SPEC.model_copy(update={"claim_ttl_s": 60.0}))
+    wait_until(lambda: place.sent_bytes() >= 45 * MIB, process)
+    process.kill()
+    process.wait()
     place.hub.faults.clear()
     return place
 
@@ -344,27 +338,20 @@ def test_leftovers_that_this_run_cannot_use_are_removed_by_it(killed: WeightsPla
 # Two writers
 
 
-def test_of_two_writers_one_wins_and_the_other_says_so(make_place: PlaceMaker) -> None:
-    place = make_place(files=model_files(shards=2, shard_bytes=30 * MIB))
+def test_of_two_writers_one_wins_and_the_other_says_so(make_place: PlaceMaker, tmp_path: Path) -> None:
+    place = make_place()
     pinned = place.pin()
-    place.hub.faults.add(on_hub(Stall(seconds=4), first=1))
-    outcomes: list[object] = []
-    begun = threading.Event()
-
-    def first() -> None:
-        outcomes.append(place.publish(pinned, on_progress=lambda _: begun.set()))
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    assert begun.wait(60)
-    place.client.write_json  # noqa: B018: the second writer is another machine's: see below
-    other_machine = SPEC.model_copy(update={"claim_ttl_s": 3.0})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rollout.clients.claim.socket.gethostname", lambda: "another-machine")
-        with pytest.raises(AnotherWriter, match="process"):
-            place.publish(pinned, other_machine)
-    thread.join()
-    assert len(outcomes) == 1
+    place.hub.faults.add(on_hub(Stall(seconds=60), first=1))
+    spec = SPEC.model_copy(update={"stall_timeout_s": 60.0, "claim_ttl_s": 2.0})
+    process = publishing_process(place, tmp_path, spec)
+    wait_until(lambda: any(name.endswith("writer.json") for name in place.names()), process)
+    with pytest.raises(AnotherWriter, match=f"process {process.pid} on .* is writing the same weights"):
+        place.publish(pinned)
+    assert process.poll() is None, "the first writer goes on"
+    process.kill()
+    process.wait()
+    place.hub.faults.clear()
+    place.publish(pinned)
     place.assert_published(pinned)
 
 

@@ -1,0 +1,50 @@
+"""A link of limited speed on both sides: wall time against the two-pass way, share of the link, memory, disk.
+
+    python tests/benchmarks/transfer_shaped.py [--gib 1 8] [--peer-gib 1]
+
+Each side is limited to 25 MB/s per connection and 150 MB/s in all, 10 ms per request. Prints a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from transfer_harness import GIB, Servers, publish_model, run_arm, table, workspace
+
+PER_CONNECTION, TOTAL = 25e6, 150e6
+SHAPE = f"per-connection={PER_CONNECTION / 1e6:g}MB/s,total={TOTAL / 1e6:g}MB/s,latency=10ms"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gib", type=float, nargs="+", default=[1, 8])
+    parser.add_argument("--peer-gib", type=float, default=1)
+    options = parser.parse_args()
+    rows = []
+    for gib in options.gib:
+        ways = ("ours", "two-pass") if gib == options.peer_gib else ("ours",)
+        with workspace() as root:
+            publish_model(root / "hub", total_bytes=int(gib * GIB), shards=8)
+            with Servers(root, hub=("--shape", SHAPE), storage=("--ingress", SHAPE)) as servers:
+                figures = {way: run_arm(way, servers, root, bucket=f"bench-{way}") for way in ways}
+        for way, run in figures.items():
+            share = gib * GIB / TOTAL / run["seconds"]
+            rows.append(
+                (
+                    way,
+                    f"{gib:g}",
+                    f"{run['seconds']:.1f}",
+                    f"{share:.0%}",
+                    f"{run['seconds'] / figures['two-pass']['seconds']:.2f}" if "two-pass" in figures else "",
+                    f"{run['cpu_s']:.1f}",
+                    f"{run['peak_bytes'] / 1e6:.0f}",
+                    f"{run['disk_bytes'] / 1e9:.2f}",
+                )
+            )
+    print(f"Link: {SHAPE} on each side.\n")
+    headers = ("Way", "GiB", "seconds", "of the link", "of two passes", "CPU-s", "peak MB", "disk GB")
+    print(table(headers, rows))
+
+
+if __name__ == "__main__":
+    main()
