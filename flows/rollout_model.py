@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 from prefect import flow
 
+from flows.hooks import announce_outcome, clean_up_killed
 from flows.plan_model import make_plan
 from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport
 from rollout.request import RolloutRequest, resolve
 from tasks.approval import require_approval
+from tasks.limits import gpus_of
 from tasks.provision import provision_bucket, provision_cluster, set_up_workload_identity
 from tasks.record import Record, recorded
 from tasks.serve import apply_manifests, wait_until_available
@@ -21,7 +23,14 @@ from tasks.verify import benchmark_model, judge_objectives, require_met, require
 from tasks.weights import check_weights_layout, publish_weights
 
 
-@flow(name="rollout-model", flow_run_name="{request.model} → {request.target}")
+@flow(
+    name="rollout-model",
+    flow_run_name="{request.model} → {request.target}",
+    on_completion=[announce_outcome],
+    on_failure=[announce_outcome],
+    on_crashed=[clean_up_killed, announce_outcome],
+    on_cancellation=[clean_up_killed, announce_outcome],
+)
 def rollout_model(request: RolloutRequest, report_file: str | None = None) -> RolloutReport:
     """Serve a model with vLLM on a target, prove that it answers within its objectives, and keep the evidence.
 
@@ -35,7 +44,7 @@ def rollout_model(request: RolloutRequest, report_file: str | None = None) -> Ro
         plan = make_plan(spec, story)
         record.keep(plan=plan)
         require_approval(plan, story)
-        with torn_down_by_policy(plan, record):
+        with gpus_of(plan), torn_down_by_policy(plan, record):
             apply(plan, record)
             verify(plan, record)
         record.milestone()

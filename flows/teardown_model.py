@@ -11,6 +11,7 @@ from rollout.clients.records import read_local
 from rollout.errors import BadInput
 from rollout.policy import Weights
 from rollout.record import RolloutReport
+from tasks.limits import target_alone
 from tasks.record import recorded
 from tasks.teardown import require_nothing_left, tear_down_rollout
 
@@ -46,7 +47,7 @@ def teardown_model(
             where="teardown",
             resolution="Give --model, or --report with the record of the rollout.",
         )
-    with recorded(where, report_file, earlier=earlier) as record:
+    with target_alone(where.name), recorded(where, report_file, earlier=earlier) as record:
         owned = earlier.created if earlier else frozenset()
         teardown = record.story.run(tear_down_rollout, where, instance, weights, owned, TEARDOWN_DEADLINE_S)
         record.keep(teardown=teardown)

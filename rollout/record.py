@@ -24,6 +24,7 @@ RECORDS_PREFIX = ".llm-rollout/records/"
 class Verdict(StrEnum):
     RUNNING = "running"
     """Also what a killed run leaves behind."""
+    WAITING = "waiting for approval"
     DONE = "done"
     OBJECTIVES_MISSED = "objectives missed"
     FAILED = "failed"
@@ -33,6 +34,7 @@ class Verdict(StrEnum):
 
 EXIT_CODES = {
     Verdict.RUNNING: ExitCode.FAILED,
+    Verdict.WAITING: ExitCode.NOT_APPROVED,
     Verdict.DONE: ExitCode.DONE,
     Verdict.OBJECTIVES_MISSED: ExitCode.OBJECTIVES_MISSED,
     Verdict.FAILED: ExitCode.FAILED,

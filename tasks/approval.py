@@ -1,4 +1,10 @@
-"""Ask a person before anything changes. The run holds no GPU and no bucket while it waits."""
+"""Ask a person before anything changes.
+
+A run of a deployment is suspended: its process ends, so that neither a worker nor a GPU is held, and the answer starts
+it anew. It then makes its plan again, and the answer counts only for exactly the plan that was shown: if the model's
+branch or the target has moved meanwhile, the new plan is shown and asked for. A run from the command line waits in its
+process, since nobody could start it again.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +12,9 @@ from typing import Literal
 
 from prefect import get_run_logger
 from prefect.exceptions import FlowPauseTimeout
-from prefect.flow_runs import pause_flow_run
+from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from rollout.errors import NotApproved
@@ -15,6 +22,7 @@ from rollout.plan import RolloutPlan
 from rollout.policy import Approval
 from rollout.report import StepReport, StepStatus, utc_now
 from rollout.show import plan_markdown
+from rollout.values import content_digest
 from tasks.step import Story
 
 NAME = "approval"
@@ -23,8 +31,19 @@ NAME = "approval"
 class ApprovalAnswer(RunInput):
     """The form that the Prefect UI shows while the run waits."""
 
-    decision: Literal["approve", "reject"] = Field("reject", description="Approve to apply the plan as shown.")
-    reason: str = Field("", description="Kept in the record.", max_length=500)
+    decision: Literal["approve", "reject"] = Field(
+        "reject",
+        title="Decision",
+        description="Approve applies the plan as shown; reject ends the run and changes nothing.",
+        json_schema_extra={"position": 0},
+    )
+    reason: str = Field(
+        "",
+        title="Reason",
+        description="Why, for those who read the record later.",
+        max_length=500,
+        json_schema_extra={"position": 1},
+    )
 
 
 def require_approval(plan: RolloutPlan, story: Story) -> None:
@@ -39,11 +58,7 @@ def require_approval(plan: RolloutPlan, story: Story) -> None:
     started_at = utc_now()
     get_run_logger().info("waiting for approval of rollout %s in the Prefect UI", plan.rollout_id)
     try:
-        answer = pause_flow_run(
-            wait_for_input=ApprovalAnswer.with_initial_data(description=plan_markdown(plan)),
-            timeout=int(policy.approval_timeout_s),
-            poll_interval=2,
-        )
+        answer = _ask(plan)
     except FlowPauseTimeout as error:
         raise NotApproved(
             f"nobody answered within {policy.approval_timeout_s:.0f} s; nothing was changed.",
@@ -61,3 +76,21 @@ def require_approval(plan: RolloutPlan, story: Story) -> None:
     )
     if answer.decision != "approve":
         raise NotApproved(f"rejected: {answer.reason or 'no reason given'}; nothing was changed.", where=plan.title)
+
+
+def _ask(plan: RolloutPlan) -> ApprovalAnswer:
+    """The answer to exactly this plan, whether it was given to this process or to an earlier one of the same run."""
+    form = ApprovalAnswer.with_initial_data(description=plan_markdown(plan))
+    timeout_s = int(plan.policy.approval_timeout_s)
+    key = f"{NAME}-{shown_digest(plan)}"
+    if flow_run.deployment_id is None:
+        return pause_flow_run(wait_for_input=form, timeout=timeout_s, poll_interval=2, key=key)
+    return suspend_flow_run(wait_for_input=form, timeout=timeout_s, key=key)
+
+
+def shown_digest(plan: RolloutPlan) -> str:
+    """Digest of what the approver decides on: what changes, what it moves and costs.
+
+    The preflight checks are left out: their texts hold figures that move from minute to minute (quota in use).
+    """
+    return content_digest(plan.model_dump(mode="json", exclude={"checks", "checkpoint_config", "project_number"}), 16)

@@ -7,11 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 
 from rollout.clients.records import RecordStore, write_local
-from rollout.errors import BucketNotFound, NotApproved, ObjectivesMissed, RolledBack
+from rollout.errors import BucketNotFound, NotApproved, ObjectivesMissed, RolledBack, RolloutError
 from rollout.record import RolloutReport, Verdict
 from rollout.report import StepReport, utc_now
 from rollout.show import report_markdown
@@ -33,6 +35,7 @@ class Record:
         self._target = target
         self._path = path
         self._earlier = report.steps
+        self._in_bucket = False
         self.story = Story(self._keep_steps)
 
     @property
@@ -50,6 +53,15 @@ class Record:
         """Write the record to the bucket; where there is none (any more), the local one stands."""
         with suppress(BucketNotFound):
             RecordStore(self._target).write(self._report)
+            self._in_bucket = True
+
+    def close(self) -> None:
+        """Write the verdict to the bucket if the record is there already; a failure to do so hides no other."""
+        if self._in_bucket:
+            try:
+                self.milestone()
+            except RolloutError as error:
+                get_run_logger().warning("the bucket's record lacks its verdict: %s", error)
 
     def _keep_steps(self, steps: tuple[StepReport, ...]) -> None:
         self.keep(steps=self._earlier + steps)
@@ -64,6 +76,10 @@ def recorded(target: Target, report_file: str | None, *, earlier: RolloutReport 
     record = Record(report, target, Path(report_file) if report_file else None)
     try:
         yield record
+    except Pause:
+        # Suspended: the run waits for its approval and starts anew with the answer.
+        record.keep(verdict=Verdict.WAITING)
+        raise
     except BaseException as error:
         verdict = next((v for kind, v in _VERDICTS.items() if isinstance(error, kind)), Verdict.FAILED)
         record.keep(verdict=verdict, error=f"{type(error).__name__}: {error}")
@@ -72,6 +88,7 @@ def recorded(target: Target, report_file: str | None, *, earlier: RolloutReport 
         if record.report.verdict is Verdict.RUNNING:
             record.keep(verdict=Verdict.DONE)
     finally:
+        record.close()
         create_markdown_artifact(
             markdown=report_markdown(record.report), key="rollout-report", description="The rollout, step by step"
         )

@@ -1,0 +1,59 @@
+"""Ask a live model server whether it still does what its rollout has proven."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from rollout.clients.records import RecordStore
+from rollout.errors import BadInput
+from rollout.ledger import last_applied
+from rollout.plan import RolloutPlan
+from rollout.record import RolloutReport
+from rollout.request import RolloutRequest, resolve
+from tasks.record import recorded
+from tasks.serve import wait_until_available
+from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
+
+
+@flow(name="verify-model", flow_run_name="verify {request.model} on {request.target}")
+def verify_model(request: RolloutRequest, report_file: str | None = None) -> RolloutReport:
+    """Verify what serves: the smoke suite and, if the policy has one, the benchmark against the objectives.
+
+    What should be there is the plan of the target's newest record, not what a rollout would do today; so a new commit
+    on the branch, or a changed preset, changes nothing here.
+
+    Args:
+        request: Model and target; of the policy, the benchmark and the objectives.
+        report_file: Where the machine-readable record goes on this machine. It is not kept in the bucket: nothing was
+            rolled out.
+    """
+    spec = resolve(request)
+    plan = _plan_of_what_serves(request).model_copy(update={"policy": spec.policy, "target": spec.target})
+    with recorded(spec.target, report_file) as record:
+        record.keep(plan=plan)
+        story = record.story
+        start = story.run(wait_until_available, plan)
+        smoke = story.run(smoke_test, plan)
+        record.keep(smoke=smoke)
+        require_passed(smoke)
+        if plan.policy.benchmark is None:
+            story.skip("benchmark", "not asked for by the policy")
+        else:
+            benchmark = story.run(benchmark_model, plan, start.pods, plan.policy.benchmark)
+            record.keep(benchmark=benchmark)
+            verdict = story.run(judge_objectives, plan, smoke, benchmark)
+            record.keep(objectives=verdict)
+            require_met(verdict)
+    return record.report
+
+
+def _plan_of_what_serves(request: RolloutRequest) -> RolloutPlan:
+    spec = resolve(request)
+    report = last_applied(RecordStore(spec.target).read_all(), spec.serving.name)
+    if report is None or report.plan is None:
+        raise BadInput(
+            f"no record says that {spec.serving.name} serves on {spec.target.name}.",
+            where="verify",
+            resolution=f"Roll it out first: llm-rollout rollout {request.model} --target {request.target}",
+        )
+    return report.plan

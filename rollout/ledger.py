@@ -1,0 +1,216 @@
+"""What the records of a target say: which commit serves where and since when, what came before, what nobody cleaned up.
+
+Pure. The records are in the target's bucket (`rollout.clients.records`), oldest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from rollout.objects import MODEL_ANNOTATION, ROLLOUT_LABEL
+from rollout.plan import RolloutPlan
+from rollout.policy import Teardown
+from rollout.record import RolloutReport, Verdict
+from rollout.report import StepStatus
+from rollout.values import Value
+
+EXPIRY_ANNOTATION = "llm-rollout.dev/expires-at"
+"""ISO 8601 time on a Deployment of ours, after which the janitor tears its model server down."""
+
+APPLY_STEP = "apply manifests"
+
+
+class Serving(Value):
+    """A model server that the records say is live."""
+
+    instance: str
+    """Name of the Deployment."""
+    repo_id: str
+    commit_sha: str
+    image: str
+    rollout_id: str
+    since: datetime
+    """Start of the first rollout that applied exactly this, without another in between."""
+    evidence: Verdict
+    """How the newest rollout of it ended: `done` means that it held its objectives."""
+    run_id: str
+    run_url: str | None = None
+
+    @property
+    def model(self) -> str:
+        return f"{self.repo_id}@{self.commit_sha}"
+
+
+class Drift(Value):
+    """A difference between the records and the cluster."""
+
+    instance: str
+    recorded: str
+    live: str
+    what_to_do: str
+
+
+class Leftover(StrEnum):
+    """Why the janitor may remove a model server."""
+
+    UNFINISHED_TEARDOWN = "its teardown did not finish"
+    DEAD_TRIAL = "its rollout died before the teardown that its policy asks for"
+    EXPIRED = "it is past its expiry"
+
+
+class Abandoned(Value):
+    """A model server that nobody needs any more, by the word of its record or of its annotation."""
+
+    instance: str
+    why: Leftover
+    run_id: str | None = None
+
+
+def applied(report: RolloutReport) -> bool:
+    """Whether the rollout changed, or confirmed, what is served."""
+    reached = {step.name for step in report.steps if step.status in (StepStatus.DONE, StepStatus.UNCHANGED)}
+    return report.plan is not None and APPLY_STEP in reached
+
+
+def serving_now(records: Iterable[RolloutReport]) -> dict[str, Serving]:
+    """Live model servers by instance. A rollout that was rolled back leaves what served before it."""
+    live: dict[str, Serving] = {}
+    for report in in_order(records):
+        for instance in _torn_down(report):
+            live.pop(instance, None)
+        if report.plan is not None and applied(report) and not _ended_without_trace(report):
+            instance = report.plan.serving.name
+            live[instance] = _serving(report, report.plan, live.get(instance))
+    return live
+
+
+def last_applied(records: Iterable[RolloutReport], instance: str) -> RolloutReport | None:
+    """The newest record of a rollout that `instance` may serve from; None if the records know of none."""
+    found: RolloutReport | None = None
+    for report in in_order(records):
+        if instance in _torn_down(report):
+            found = None
+        if report.plan is not None and report.plan.serving.name == instance:
+            found = report if applied(report) and not _ended_without_trace(report) else found
+    return found
+
+
+def drift(live: Mapping[str, Serving], manifests: Iterable[Mapping[str, Any]]) -> tuple[Drift, ...]:
+    """Where records and cluster disagree: other weights, another rollout, a server that is missing or unknown."""
+    deployments = {m["metadata"]["name"]: m for m in manifests if m["kind"] == "Deployment"}
+    found: list[Drift] = []
+    for instance in sorted(live.keys() | deployments.keys()):
+        recorded = live.get(instance)
+        manifest = deployments.get(instance)
+        if manifest is None and recorded is not None:
+            advice = "Roll it out again, or tear it down, so that the records know."
+            found.append(Drift(instance=instance, recorded=recorded.model, live="nothing", what_to_do=advice))
+        elif manifest is not None:
+            found += _difference(instance, recorded, manifest)
+    return tuple(found)
+
+
+def abandoned(
+    records: Iterable[RolloutReport],
+    manifests: Iterable[Mapping[str, Any]],
+    alive: Iterable[str],
+    now: datetime,
+    *,
+    grace: timedelta = timedelta(minutes=10),
+) -> tuple[Abandoned, ...]:
+    """Model servers that should have been torn down and were not, each once.
+
+    `alive` are ids of flow runs that may still do it themselves. Records younger than `grace` are left alone: a run
+    that ends at this moment may be in between. Only what a policy or an annotation asks for is named, never a server
+    that merely looks unused.
+    """
+    deployments = {m["metadata"]["name"]: m for m in manifests if m["kind"] == "Deployment"}
+    busy = set(alive)
+    newest: dict[str, RolloutReport] = {}
+    for report in in_order(records):
+        for instance in _torn_down(report):
+            newest.pop(instance, None)
+        if report.plan is not None:
+            newest[report.plan.serving.name] = report
+    found: dict[str, Abandoned] = {}
+    for instance, report in newest.items():
+        age = now - report.started_at - timedelta(seconds=report.duration_s)
+        why = _reason(report)
+        if why is not None and report.run_id not in busy and age >= grace:
+            found[instance] = Abandoned(instance=instance, why=why, run_id=report.run_id)
+    for instance, manifest in deployments.items():
+        expiry = (manifest["metadata"].get("annotations") or {}).get(EXPIRY_ANNOTATION)
+        if expiry is not None and _is_past(expiry, now):
+            found.setdefault(instance, Abandoned(instance=instance, why=Leftover.EXPIRED))
+    return tuple(found[instance] for instance in sorted(found))
+
+
+def in_order(records: Iterable[RolloutReport]) -> Sequence[RolloutReport]:
+    return sorted(records, key=lambda report: report.started_at)
+
+
+def _serving(report: RolloutReport, plan: RolloutPlan, before: Serving | None) -> Serving:
+    same = before is not None and before.rollout_id == plan.rollout_id
+    return Serving(
+        instance=plan.serving.name,
+        repo_id=plan.model.repo_id,
+        commit_sha=plan.model.commit_sha,
+        image=plan.serving.image,
+        rollout_id=plan.rollout_id,
+        since=before.since if same and before else report.started_at,
+        evidence=report.verdict,
+        run_id=report.run_id,
+        run_url=report.run_url,
+    )
+
+
+def _torn_down(report: RolloutReport) -> frozenset[str]:
+    """Instances whose Deployment a teardown in this record removed."""
+    removed = report.teardown.removed if report.teardown else ()
+    return frozenset(change.name.rpartition("/")[2] for change in removed if change.kind == "Deployment")
+
+
+def _ended_without_trace(report: RolloutReport) -> bool:
+    return report.verdict is Verdict.ROLLED_BACK or report.teardown is not None
+
+
+def _reason(report: RolloutReport) -> Leftover | None:
+    """Why the server of this record, the newest of its instance, should be gone."""
+    if report.teardown is not None:
+        return Leftover.UNFINISHED_TEARDOWN if report.teardown.left else None
+    assert report.plan is not None, "only records with a plan have an instance"
+    policy = report.plan.policy.teardown
+    failed = report.verdict in (Verdict.RUNNING, Verdict.FAILED, Verdict.OBJECTIVES_MISSED)
+    dead = policy is Teardown.ALWAYS or (policy is Teardown.ON_FAILURE and failed)
+    return Leftover.DEAD_TRIAL if dead and report.verdict is not Verdict.NOT_APPROVED else None
+
+
+def _is_past(expiry: str, now: datetime) -> bool:
+    """An unreadable time, or one without a zone, is not past: the janitor removes nothing on a guess."""
+    try:
+        moment = datetime.fromisoformat(expiry)
+    except ValueError:
+        return False
+    return moment.tzinfo is not None and moment <= now
+
+
+def _difference(instance: str, recorded: Serving | None, manifest: Mapping[str, Any]) -> list[Drift]:
+    template = (manifest.get("spec") or {}).get("template") or {}
+    annotations = (template.get("metadata") or {}).get("annotations") or {}
+    annotations = {**annotations, **(manifest["metadata"].get("annotations") or {})}
+    labels = manifest["metadata"].get("labels") or {}
+    live = annotations.get(MODEL_ANNOTATION, "unknown weights")
+    if recorded is None:
+        advice = "Roll out again: the rollout adopts or replaces it, and the records know."
+        return [Drift(instance=instance, recorded="nothing", live=live, what_to_do=advice)]
+    if live != recorded.model:
+        advice = "Somebody changed it by hand, or rolled it back: roll out what should serve."
+        return [Drift(instance=instance, recorded=recorded.model, live=live, what_to_do=advice)]
+    if labels.get(ROLLOUT_LABEL) not in (None, recorded.rollout_id):
+        advice = "Its settings come from another rollout than the records know of: compare with `llm-rollout plan`."
+        rollouts = (f"rollout {recorded.rollout_id}", f"rollout {labels[ROLLOUT_LABEL]}")
+        return [Drift(instance=instance, recorded=rollouts[0], live=rollouts[1], what_to_do=advice)]
+    return []

@@ -1,0 +1,138 @@
+"""Find what died without cleaning up after itself, and finish its work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+
+from rollout.clients.cluster import ClusterClient
+from rollout.clients.records import RecordStore
+from rollout.clients.sweeping import sweep
+from rollout.errors import NotFound
+from rollout.ledger import Abandoned, abandoned
+from rollout.record import RolloutReport, TeardownReport, Verdict
+from rollout.rendering import KubernetesObject
+from rollout.report import StepStatus
+from rollout.show import teardown_markdown
+from rollout.target import Target
+from tasks.step import Artifact, Outcome, step
+
+FLOWS = ("rollout-model", "teardown-model", "publish-weights", "plan-model", "verify-model")
+HEARTBEAT = "prefect.flow-run.heartbeat"
+SILENCE = timedelta(minutes=15)
+"""Prefect's runs give a sign of life every 180 s by default; five in a row are missing after this."""
+FOREIGN_RUN_PATIENCE = timedelta(days=1)
+"""A record of a run that this server does not know (a laptop's own server) counts as alive for so long: longer than
+any rollout takes."""
+
+
+@step("find zombies")
+def find_zombies(target: str, now: datetime) -> Outcome[tuple[str, ...]]:
+    """Mark as crashed the runs on `target` that claim to be running and give no sign of life."""
+    rows: list[dict[str, Any]] = []
+    with get_client(sync_client=True) as client:
+        for run in _running(client):
+            if target_of(run.parameters) != target or not _is_silent(client, run, now):
+                continue
+            why = f"no sign of life for {SILENCE.total_seconds() / 60:.0f} minutes: its worker is gone"
+            client.set_flow_run_state(run.id, Crashed(message=why), force=True)
+            rows.append({"run": run.name, "id": str(run.id), "since": str(run.start_time), "why": why})
+    return Outcome(
+        value=tuple(row["id"] for row in rows),
+        summary=f"{len(rows)} zombies marked as crashed",
+        status=StepStatus.DONE if rows else StepStatus.UNCHANGED,
+        data={"zombies": rows},
+        artifact=Artifact("zombies", "Runs whose worker is gone", table=rows),
+    )
+
+
+@step("find abandoned")
+def find_abandoned(target: Target, now: datetime) -> Outcome[tuple[Abandoned, ...]]:
+    """Compare records, live objects and live runs: which model servers should be gone? Changes nothing."""
+    records = list(RecordStore(target).read_all())
+    manifests = _objects(target)
+    with get_client(sync_client=True) as client:
+        alive = [record.run_id for record in records if _may_be_alive(client, record, now)]
+    found = abandoned(records, manifests, alive, now)
+    rows = [{"model server": item.instance, "why": item.why.value, "run": item.run_id or ""} for item in found]
+    return Outcome(
+        value=found,
+        summary=f"{len(found)} abandoned model servers among {len(records)} records and {len(manifests)} objects",
+        status=StepStatus.DONE,
+        data={"abandoned": rows},
+        artifact=Artifact("abandoned", f"What should be gone from {target.name}", table=rows),
+    )
+
+
+@step("sweep")
+def sweep_abandoned(target: Target, item: Abandoned, deadline_s: float) -> Outcome[TeardownReport]:
+    """Finish the teardown of one abandoned model server."""
+    logger = get_run_logger()
+    report = sweep(target, item, deadline_s=deadline_s, on_progress=lambda part: logger.info("%s", part))
+    return Outcome(
+        value=report,
+        summary=f"{item.instance}: {item.why.value}; {len(report.removed)} removed, {len(report.left)} left",
+        status=StepStatus.DONE if report.removed else StepStatus.UNCHANGED,
+        changes=report.removed,
+        artifact=Artifact("sweep", f"Sweep of {item.instance}: inventory", markdown=teardown_markdown(report)),
+    )
+
+
+def target_of(parameters: dict[str, Any]) -> str | None:
+    """The target that a run of any of our flows works on."""
+    request = parameters.get("request")
+    found = request.get("target") if isinstance(request, dict) else parameters.get("target")
+    return str(found) if found is not None else None
+
+
+def _running(client: SyncPrefectClient) -> Iterable[FlowRun]:
+    states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
+    return client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))), flow_run_filter=FlowRunFilter(state=states)
+    )
+
+
+def _is_silent(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
+    since = run.state.timestamp if run.state else run.start_time
+    if since is None or now - since < SILENCE:
+        return False
+    wanted = {
+        "event": {"name": [HEARTBEAT]},
+        "resource": {"id": [f"prefect.flow-run.{run.id}"]},
+        "occurred": {"since": (now - SILENCE).isoformat()},
+    }
+    response = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1})
+    response.raise_for_status()
+    return not response.json()["events"]
+
+
+def _may_be_alive(client: SyncPrefectClient, record: RolloutReport, now: datetime) -> bool:
+    if record.verdict not in (Verdict.RUNNING, Verdict.WAITING):
+        return False
+    try:
+        run = client.read_flow_run(UUID(record.run_id))
+    except ObjectNotFound:
+        return now - record.started_at < FOREIGN_RUN_PATIENCE
+    return run.state is not None and not run.state.is_final()
+
+
+def _objects(target: Target) -> tuple[KubernetesObject, ...]:
+    try:
+        return ClusterClient.connect(target).inventory()
+    except NotFound:
+        return ()  # no cluster, nothing in it
