@@ -7,8 +7,8 @@ noticing and not of the cloud. "diagnosis" is when the wait first names the faul
 may heal gets the patience of its category first, which is stated and not waited for here. Prints a markdown table. For
 comparison: the tutorial's `kubectl wait --timeout=1800s` says after 1800 s that the condition was not met.
 
-Left out: what no cluster of the sandbox does (admission webhooks, ResourceQuotas, foreign taints) and what our own calls
-get; their messages are held in tests/rollout/test_diagnosis.py.
+Left out: what no cluster of the sandbox does (admission webhooks, ResourceQuotas, foreign taints) and what our own
+calls get; their messages are held in tests/rollout/test_diagnosis.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a container of the cluster tests runs: behaves as its first argument says.
 
 `serve [SECONDS]` logs like vLLM, loads for SECONDS, then answers HTTP; `crash TEXT…` prints and exits with code 1;
-`crash-once FILE TEXT…` does so only the first time; `hang` never becomes ready.
+`crash-once FILE TEXT…` does so only the first time; `exit CODE` exits; `fill BYTES` reports so much local disk;
+`hang` never becomes ready.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ def main(mode: str, *arguments: str) -> None:
     if mode == "crash":
         print(*arguments, sep="\n", flush=True)
         sys.exit(1)
+    if mode == "exit":
+        sys.exit(int(arguments[0]))
+    if mode == "fill":
+        Path(os.environ["SANDBOX_EPHEMERAL_STORAGE_FILE"]).write_text(arguments[0], encoding="ascii")
     time.sleep(3600)
 
 

@@ -25,11 +25,21 @@ import requests
 import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from kubernetes.client import ApiClient, Configuration
 
 from rollout.clients.cluster import ClusterClient
+from rollout.clients.cluster_api import ClusterApi
 from rollout.clients.cluster_wait import LogLine, Progress, ServerDoesNotStart
+from rollout.clients.gke import Gke
 from rollout.diagnosis import Category, StartupObservation
-from rollout.errors import BadInput, DeadlineExceeded, FieldConflict, ManifestRejected, NotFound
+from rollout.errors import (
+    BadInput,
+    ClusterUnreachable,
+    DeadlineExceeded,
+    FieldConflict,
+    ManifestRejected,
+    NotFound,
+)
 from rollout.model import ModelFile, PinnedModel
 from rollout.objects import INSTANCE_LABEL, ownership_labels, serving_objects
 from rollout.rendering import KubernetesObject
@@ -682,3 +692,32 @@ def test_a_context_that_is_not_there_is_explained(environment: Environment) -> N
     cluster = target.cluster.model_copy(update={"context": "nowhere"})
     with pytest.raises(BadInput, match="nowhere"):
         ClusterClient.connect(target.model_copy(update={"cluster": cluster}))
+
+
+def test_a_gke_cluster_is_reached_by_the_address_and_certificate_that_its_api_gives(
+    tmp_path: Path, serve_google_apis: Callable[..., Any], target_for: Callable[..., Target]
+) -> None:
+    google = serve_google_apis()
+    target = target_for(google)
+    with pytest.raises(NotFound, match="there is no cluster llm-serving"):
+        ClusterClient.connect(target)
+    with start_sandbox(tmp_path / "cluster", tls=True) as server:
+        google.connect_cluster(endpoint=f"127.0.0.1:{server.port}", ca_pem=server.ca_pem)
+        Gke(target).ensure()
+        assert ClusterClient.connect(target).api.get("/version")["major"] == "1"
+
+
+def test_an_api_server_that_stays_away_is_reported_without_the_vendors_exceptions() -> None:
+    api = ClusterApi(ApiClient(Configuration(host=f"http://127.0.0.1:{free_port()}")), attempts=2)
+    with pytest.raises(ClusterUnreachable, match="does not answer"):
+        api.get("/version")
+    with pytest.raises(ClusterUnreachable):
+        next(api.follow("/api/v1/pods"))
+
+
+def test_inside_another_cluster_the_endpoint_is_forwarded_all_the_same(
+    served: ClusterClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with served.endpoint("web") as url:
+        assert url.startswith("http://127.0.0.1:")
