@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from flows.profiles_cli import profiles_app
 from rollout.errors import BadInput, ExitCode, RolloutError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(profiles_app, name="profiles")
 
 
 class Engine(StrEnum):

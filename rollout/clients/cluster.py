@@ -52,6 +52,8 @@ _KINDS = (
     ("cloud.google.com/v1", "ComputeClass"),
     ("v1", "Namespace"),
     ("v1", "ServiceAccount"),
+    ("rbac.authorization.k8s.io/v1", "Role"),
+    ("rbac.authorization.k8s.io/v1", "RoleBinding"),
     ("v1", "Secret"),
     ("v1", "ConfigMap"),
     ("v1", "PersistentVolumeClaim"),

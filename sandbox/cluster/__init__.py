@@ -6,8 +6,9 @@ scale; Deployments, ReplicaSets, Jobs, endpoints and garbage collection; nodes t
 and containers as processes of this machine, with logs, probes, events and forwarded ports. Statuses, bodies, messages
 and the order of events follow a real Kubernetes 1.36 control plane.
 
-Not simulated: RBAC, admission webhooks, quotas, OpenAPI, other kinds and API versions (404), autoscaling by metrics,
-storage, networking between pods, priorities and preemption. Objects live as long as the process.
+Not simulated: what RBAC forbids (its objects are kept), admission webhooks, quotas, OpenAPI, other kinds and API
+versions (404), autoscaling by metrics, storage, networking between pods, priorities and preemption. Objects live as
+long as the process.
 """
 
 from sandbox.cluster.nodes import Machine, NodeSettings

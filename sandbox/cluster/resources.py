@@ -193,6 +193,8 @@ BUILT_IN: tuple[Resource, ...] = (
     ),
     ENDPOINT_SLICE,
     Resource("coordination.k8s.io", "v1", "Lease", "leases", model="V1Lease", zero={"spec": {}}),
+    Resource("rbac.authorization.k8s.io", "v1", "Role", "roles", model="V1Role"),
+    Resource("rbac.authorization.k8s.io", "v1", "RoleBinding", "rolebindings", model="V1RoleBinding"),
     CRD,
 )
 
