@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prefect import flow
+from prefect import flow, get_run_logger
 
 from flows.hooks import announce_outcome, clean_up_killed
 from flows.plan_model import make_plan
+from rollout.errors import RolloutError
 from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
-from rollout.record import RolloutReport
+from rollout.record import RolloutReport, TeardownReport
 from rollout.request import RolloutRequest, resolve
 from tasks.approval import require_approval
 from tasks.limits import gpus_of
@@ -19,7 +20,7 @@ from tasks.provision import provision_bucket, provision_cluster, set_up_workload
 from tasks.record import Record, recorded
 from tasks.serve import apply_manifests, wait_until_available
 from tasks.teardown import require_nothing_left, tear_down_rollout
-from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
+from tasks.verify import benchmark_model, judge_objectives, pictures_of, require_met, require_passed, smoke_test
 from tasks.weights import check_weights_layout, publish_weights
 
 
@@ -80,6 +81,7 @@ def verify(plan: RolloutPlan, record: Record) -> None:
         return
     benchmark = story.run(benchmark_model, plan, start.pods, plan.policy.benchmark)
     record.keep(benchmark=benchmark)
+    record.attach(pictures_of(plan, benchmark))
     verdict = story.run(judge_objectives, plan, smoke, benchmark)
     record.keep(objectives=verdict)
     require_met(verdict)
@@ -88,21 +90,29 @@ def verify(plan: RolloutPlan, record: Record) -> None:
 @contextmanager
 def torn_down_by_policy(plan: RolloutPlan, record: Record) -> Iterator[None]:
     """Tear down after success or failure, as the policy says; a failure stays the one that is reported."""
-    failed = True
     try:
         yield
-        failed = False
-    finally:
-        policy = plan.policy.teardown
-        if policy is Teardown.ALWAYS or (failed and policy is Teardown.ON_FAILURE):
-            record.milestone()
-            left = record.story.run(
-                tear_down_rollout,
-                plan.target,
-                plan.serving.name,
-                plan.policy.weights,
-                record.report.created,
-                plan.deadlines_s["teardown"],
-            )
-            record.keep(teardown=left)
-            require_nothing_left(left)
+    except BaseException:
+        if plan.policy.teardown in (Teardown.ALWAYS, Teardown.ON_FAILURE):
+            try:
+                tear_down(plan, record)
+            except RolloutError as error:
+                get_run_logger().error("the teardown after the failure failed as well: %s", error)
+        raise
+    if plan.policy.teardown is Teardown.ALWAYS:
+        require_nothing_left(tear_down(plan, record))
+
+
+def tear_down(plan: RolloutPlan, record: Record) -> TeardownReport:
+    """Remove what this rollout made, and keep the inventory."""
+    record.milestone()
+    report = record.story.run(
+        tear_down_rollout,
+        plan.target,
+        plan.serving.name,
+        plan.policy.weights,
+        record.report.created,
+        plan.deadlines_s["teardown"],
+    )
+    record.keep(teardown=report)
+    return report

@@ -49,6 +49,12 @@ class Record:
         if self._path is not None:
             write_local(self._report, self._path)
 
+    def attach(self, pictures: dict[str, bytes]) -> None:
+        """Put PNG files beside the local record: `<record>-<name>.png`."""
+        if self._path is not None:
+            for name, png in pictures.items():
+                self._path.with_name(f"{self._path.stem}-{name}.png").write_bytes(png)
+
     def milestone(self) -> None:
         """Write the record to the bucket; where there is none (any more), the local one stands."""
         with suppress(BucketNotFound):

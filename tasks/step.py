@@ -15,6 +15,7 @@ from uuid import UUID
 
 from prefect import get_run_logger, task
 from prefect.artifacts import (
+    create_image_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -38,19 +39,23 @@ task runs later than the flow does."""
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a step shows in the Prefect UI: a markdown text, or a table of rows."""
+    """What a step shows in the Prefect UI: a markdown text, a table of rows, or a picture."""
 
     key: str
     """Lower-case letters, digits and dashes; the same step always uses the same key, so its history lines up."""
     description: str
     markdown: str | None = None
     table: list[dict[str, Any]] | None = None
+    image_url: str | None = None
+    """An address that a browser can show; a `data:` address holds the picture itself."""
 
     def publish(self) -> None:
         if self.table is not None:
             create_table_artifact(table=self.table, key=self.key, description=self.description)
         if self.markdown is not None:
             create_markdown_artifact(markdown=self.markdown, key=self.key, description=self.description)
+        if self.image_url is not None:
+            create_image_artifact(image_url=self.image_url, key=self.key, description=self.description)
 
 
 class ProgressBar:
@@ -77,6 +82,7 @@ class Outcome(Generic[T]):
     changes: tuple[Change, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     artifact: Artifact | None = None
+    pictures: tuple[Artifact, ...] = ()
 
 
 def is_transient(_task: Task[Any, Any], _run: object, state: State[Any]) -> bool:
@@ -109,8 +115,9 @@ def step(name: str, *, retries: int = 4) -> Callable[[Callable[P, Outcome[T]]], 
         def run(*args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
             _attempts[str(task_run.id)] = task_run.run_count or 1
             outcome = function(*args, **kwargs)
-            if outcome.artifact is not None:
-                outcome.artifact.publish()
+            for artifact in (outcome.artifact, *outcome.pictures):
+                if artifact is not None:
+                    artifact.publish()
             get_run_logger().info("%s", outcome.summary)
             return outcome
 

@@ -7,15 +7,19 @@ from prefect import get_run_logger
 from rollout.benchmark import BenchmarkReport, BenchmarkSpec, Environment
 from rollout.clients.benchmarks import StageStore
 from rollout.clients.cluster import ClusterClient
+from rollout.clients.history import BucketHistory
 from rollout.clients.loadgen import run_benchmark
 from rollout.clients.openai_api import run_smoke_suite
+from rollout.clients.records import RecordStore
 from rollout.cost import TokenCost, token_cost
 from rollout.errors import ObjectivesMissed, SmokeFailed
+from rollout.history import CurveRecord, keep, last_good, records_of
 from rollout.objectives import Verdict, judge
+from rollout.pictures import data_uri, latency_over_throughput, tokens_over_rate, ttft_over_rate
 from rollout.plan import RolloutPlan, known_price
 from rollout.report import StepStatus
 from rollout.show import benchmark_markdown, curve_summary, verdict_markdown
-from rollout.smoke import Capabilities, SmokeReport
+from rollout.smoke import CANARIES, Capabilities, SmokeReport, with_expectations
 from rollout.stage import Stage
 from tasks.step import Artifact, Outcome, ProgressBar, step
 
@@ -24,8 +28,15 @@ from tasks.step import Artifact, Outcome, ProgressBar, step
 def smoke_test(plan: RolloutPlan) -> Outcome[SmokeReport]:
     """The document's request and everything else that the model should be able to do."""
     capabilities = Capabilities.of(plan.checkpoint_config, plan.serving)
+    good = RecordStore(plan.target).last_good(plan.serving.name, plan.model.repo_id)
+    answers = good.smoke.canary_answers if good and good.smoke else {}
     with ClusterClient.connect(plan.target).endpoint(plan.serving.service_name) as base_url:
-        report = run_smoke_suite(base_url, plan.serving.served_model_name, capabilities)
+        report = run_smoke_suite(
+            base_url,
+            plan.serving.served_model_name,
+            capabilities,
+            canaries=with_expectations(CANARIES, answers),
+        )
     return Outcome(
         value=report,
         summary=report.summary(),
@@ -55,7 +66,7 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
     bar = ProgressBar("benchmark-progress", "Load sweep")
     stages = list(completed)
 
-    def keep(stage: Stage) -> None:
+    def keep_stage(stage: Stage) -> None:
         stages.append(stage)
         store.write(stages)
         bar.update(min(99.0, 100.0 * len(stages) / spec.max_stages))
@@ -65,7 +76,7 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
             base_url,
             spec,
             model=plan.serving.served_model_name,
-            on_stage=keep,
+            on_stage=keep_stage,
             objectives=plan.policy.objectives,
             completed=completed,
             environment=environment,
@@ -80,18 +91,28 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
         status=StepStatus.DONE if measured else StepStatus.UNCHANGED,
         data={"stages_measured": measured, "stages_kept": len(completed)},
         artifact=Artifact("benchmark", f"Load sweep of {environment.model}", markdown=benchmark_markdown(report)),
+        pictures=tuple(
+            Artifact(f"benchmark-{name}", f"Load sweep of {environment.model}: {name}", image_url=data_uri(png))
+            for name, png in pictures_of(plan, report).items()
+        ),
     )
 
 
 @step("objectives")
 def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: BenchmarkReport) -> Outcome[Verdict]:
-    """Hold what was measured against the policy's objectives."""
+    """Hold what was measured against the policy's objectives and the last good curve; keep the curve for the next."""
+    store = BucketHistory(plan.target)
+    curves = records_of(store, benchmark.spec.workload.key, model=benchmark.environment.model)
+    baseline = last_good(curves, before=benchmark.started_at)
     verdict = judge(
         plan.policy.objectives,
         benchmark.stages,
         cost=_cost(plan, benchmark),
         passed_checks=smoke.passed_checks,
+        baseline=baseline.report.stages if baseline else (),
     )
+    if all(curve.report.stages != benchmark.stages for curve in curves):  # a rerun hands on stages that are kept
+        keep(store, CurveRecord(report=benchmark, good=verdict.met, run_name=plan.title))
     return Outcome(
         value=verdict,
         summary=verdict.summary(),
@@ -99,6 +120,16 @@ def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: Benchmark
         data=verdict.model_dump(mode="json"),
         artifact=Artifact("objectives", "Objectives: limit, measured, margin", markdown=verdict_markdown(verdict)),
     )
+
+
+def pictures_of(plan: RolloutPlan, report: BenchmarkReport) -> dict[str, bytes]:
+    """PNG files by name: for the Prefect UI, and for the folder of the record."""
+    title, limits = plan.serving.served_model_name, plan.policy.objectives.latencies
+    return {
+        "latency-over-throughput": latency_over_throughput(report.stages, title=title, limits=limits),
+        "ttft-over-rate": ttft_over_rate(report.stages, title=title, limits=limits),
+        "tokens-over-rate": tokens_over_rate(report.stages, title=title),
+    }
 
 
 def require_met(verdict: Verdict) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rollout.catalog import explain
 from rollout.clients.storage import StorageClient
 from rollout.errors import BadInput
-from rollout.record import RECORDS_PREFIX, RolloutReport
+from rollout.record import RECORDS_PREFIX, RolloutReport, Verdict
 from rollout.target import Target
 
 
@@ -65,6 +65,17 @@ class RecordStore:
                     where=f"gs://{self._storage.bucket_name}/{stored.name}",
                     resolution="Use the version of llm-rollout that wrote it, or move it away.",
                 ) from error
+
+    def last_good(self, instance: str, repo_id: str) -> RolloutReport | None:
+        """The youngest finished rollout of the same model under the same name; None if there is none."""
+        good = [
+            record
+            for record in self.read_all()
+            if record.verdict is Verdict.DONE
+            and record.plan is not None
+            and (record.plan.serving.name, record.plan.model.repo_id) == (instance, repo_id)
+        ]
+        return good[-1] if good else None
 
     def owned(self) -> frozenset[tuple[str, str]]:
         """(kind, name) of everything that rollouts to this target created and no teardown has proven gone."""
