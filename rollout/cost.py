@@ -9,13 +9,16 @@ Source: https://cloud.google.com/kubernetes-engine/docs/how-to/machine-learning/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import date
 from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field
 
+from rollout.curve import build_curve
 from rollout.errors import BadInput
+from rollout.stage import Stage
 from rollout.values import Value
 
 DEFAULT_OUTPUT_TO_INPUT_RATIO = 4.0
@@ -82,6 +85,35 @@ def token_cost(
         price=price,
         input_tokens_per_s=input_tokens_per_s,
         output_tokens_per_s=output_tokens_per_s,
+        output_to_input_ratio=output_to_input_ratio,
+    )
+
+
+def cost_at_knee(
+    stages: Sequence[Stage],
+    price: Price,
+    *,
+    gpus: int,
+    output_to_input_ratio: float = DEFAULT_OUTPUT_TO_INPUT_RATIO,
+) -> TokenCost | None:
+    """The cost at the measured knee (or at the highest sustained rate), as the quickstart states it for its profiles.
+
+    Tokens per request come from what was sent, so input and output belong to the same rate. None if nothing was
+    completed or nothing sustained.
+    """
+    curve = build_curve(stages)
+    rate = curve.knee.rate_per_s if curve.knee else curve.highest_sustained_per_s
+    completed = [stage for stage in stages if stage.completed]
+    if rate <= 0 or not completed:
+        return None
+    requests = sum(stage.completed for stage in completed)
+    input_tokens = sum(stage.completed * stage.input_tokens_per_s / stage.requests_per_s for stage in completed)
+    offered = completed[0].offered_output_tokens_per_s / completed[0].rate_per_s
+    return token_cost(
+        price,
+        gpus=gpus,
+        input_tokens_per_s=rate * input_tokens / requests,
+        output_tokens_per_s=rate * offered,
         output_to_input_ratio=output_to_input_ratio,
     )
 

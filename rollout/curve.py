@@ -101,6 +101,9 @@ class Curve(Value):
 
     @property
     def max_output_tokens_per_s(self) -> float:
+        """At the knee, or the most that was measured where there is none."""
+        if self.knee is not None:
+            return self.knee.output_tokens_per_s
         return max((point.output_tokens_per_s for point in self.points), default=0.0)
 
 
@@ -348,10 +351,13 @@ def hpa_suggestion(
     https://cloud.google.com/kubernetes-engine/docs/best-practices/machine-learning/inference/autoscaling
     """
     rate = operating_rate(stages, limits, utilisation=utilisation)
-    pairs = sorted((stage.rate_per_s, stage.concurrency_mean) for stage in stages)
-    if rate <= 0 or not pairs:
+    in_flight: dict[float, list[float]] = {}
+    for stage in stages:
+        in_flight.setdefault(round(stage.rate_per_s, 6), []).append(stage.concurrency_mean)
+    if rate <= 0 or not in_flight:
         return None
-    running = _linear([(0.0, 0.0), *pairs], rate)
+    pairs = [(0.0, 0.0), *((each, _median(in_flight[each])) for each in sorted(in_flight))]
+    running = _linear(pairs, rate)
     return HpaSuggestion(
         metric="vllm:num_requests_running",
         average_value=max(1.0, math.floor(running)),

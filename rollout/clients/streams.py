@@ -70,7 +70,7 @@ class _State(Enum):
 class Endpoint:
     """Where requests go, resolved once: name resolution would be measured as latency."""
 
-    def __init__(self, url: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, url: str) -> None:
         parts: SplitResult = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BadInput(f"{url!r} is not an http(s) address.", where="benchmark")
@@ -82,7 +82,6 @@ class Endpoint:
                 f"POST {parts.path or '/'} HTTP/1.1\r\n",
                 f"Host: {parts.netloc.rpartition('@')[2]}\r\n",
                 "Content-Type: application/json\r\nAccept: text/event-stream\r\nAccept-Encoding: identity\r\n",
-                *(f"{name}: {value}\r\n" for name, value in (headers or {}).items()),
             ]
         )
         addresses = socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)

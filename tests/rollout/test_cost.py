@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from rollout.cost import Price, PricingModel, list_price, price_for, token_cost
+from rollout.cost import Price, PricingModel, cost_at_knee, list_price, price_for, token_cost
 from rollout.errors import BadInput
+from tests.rollout.curves import QueueServer
 
 TEN_DOLLARS = Price(usd_per_gpu_hour=36.0, source="test")  # one cent a second
 
@@ -63,3 +64,11 @@ def test_an_unknown_price_is_asked_for_and_never_invented(accelerator: str, regi
     assert list_price(accelerator, region, model) is None
     with pytest.raises(BadInput, match="gpu_usd_per_hour"):
         price_for(accelerator, region, model)
+
+
+def test_the_cost_of_a_sweep_is_that_at_its_knee() -> None:
+    stages = [QueueServer(10).stage(rate) for rate in (1, 9.8, 10.8, 20)]
+    cost = cost_at_knee(stages, TEN_DOLLARS, gpus=1)
+    assert cost is not None
+    assert (cost.input_tokens_per_s, cost.output_tokens_per_s) == (pytest.approx(500), pytest.approx(1000))
+    assert cost_at_knee([], TEN_DOLLARS, gpus=1) is None
