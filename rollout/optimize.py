@@ -620,9 +620,9 @@ def _storage_comments(
     request: ManifestRequest, facts: ModelFacts, storage: StorageBackend, grants: Sequence[BucketGrant]
 ) -> list[str]:
     if storage is StorageBackend.HUB:
-        needed = "needs" if facts.gated else "is public; a token only helps against rate limits:"
+        why = "is gated and needs a token" if facts.gated else "is public; a token only lifts rate limits"
         lines = [
-            f"Weights from Hugging Face. {request.model} {needed} a token in the Secret {HF_SECRET}:",
+            f"Weights from Hugging Face. {request.model} {why}. The token is read from the Secret {HF_SECRET}:",
             f"kubectl create secret generic {HF_SECRET} --from-literal={HF_SECRET_KEY}=HUGGING_FACE_TOKEN"
             f" --namespace={request.namespace}",
         ]
