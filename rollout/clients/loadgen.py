@@ -53,7 +53,10 @@ BUSY_SHARE_LIMIT = 0.85
 """From this share of one core on, the client's own queueing shows in every figure."""
 
 SCHEDULE_DELAY_LIMIT_S = 0.05
-"""99 % of the requests must leave this soon after they were due: a good server answers in about that time."""
+"""90 % of the requests must leave this soon after they were due: a good server answers in about that time.
+
+Not 99 %: a client that cannot keep up is late with most requests, a busy machine delays a few.
+"""
 
 METRICS_SAMPLES = 30
 """Samples of `/metrics` per stage; one costs the server about 2 ms."""
@@ -216,8 +219,8 @@ def client_side(result: StreamsResult) -> ClientSide:
         reasons.append("it ran out of file descriptors (raise `ulimit -n`)")
     if busy >= BUSY_SHARE_LIMIT:
         reasons.append(f"its loop was {busy:.0%} busy")
-    if delays.p99 > SCHEDULE_DELAY_LIMIT_S:
-        reasons.append(f"it sent requests {delays.p99 * 1e3:.0f} ms late (p99)")
+    if delays.p90 > SCHEDULE_DELAY_LIMIT_S:
+        reasons.append(f"it sent requests {delays.p90 * 1e3:.0f} ms late (p90)")
     return ClientSide(
         schedule_delay_s=delays,
         busy_share=busy,

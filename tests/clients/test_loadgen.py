@@ -348,7 +348,7 @@ def records(delay_s: float) -> list[RequestRecord]:
     [
         (StreamsResult(records(0.001), 0, cpu_s=1, wall_s=10), None),
         (StreamsResult(records(0.001), 0, cpu_s=9, wall_s=10), "its loop was 90% busy"),
-        (StreamsResult(records(0.2), 0, cpu_s=1, wall_s=10), "it sent requests 200 ms late (p99)"),
+        (StreamsResult(records(0.2), 0, cpu_s=1, wall_s=10), "it sent requests 200 ms late (p90)"),
         (StreamsResult(records(0.001), 0, cpu_s=1, wall_s=10, out_of_files=True), "file descriptors"),
     ],
 )
