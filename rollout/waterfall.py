@@ -59,6 +59,12 @@ class Waterfall(Value):
     def slowest(self) -> StageTime | None:
         return max(self.stages, key=lambda stage: stage.duration_s, default=None)
 
+    def with_first_token(self, at: datetime) -> Waterfall:
+        """The waterfall with its last bar: from the end of the others to the first token of the first real request."""
+        wait_s = (at - self.created_at).total_seconds() - self.total_s
+        bar = StageTime(stage=Stage.FIRST_TOKEN, start_s=self.total_s, duration_s=max(0.0, wait_s))
+        return self.model_copy(update={"stages": (*self.stages, bar)})
+
     @property
     def markdown(self) -> str:
         """A table with bars of text, and what to do about the slowest stage."""
@@ -109,7 +115,6 @@ def read_waterfall(
     log: Sequence[TimedLine],
     *,
     weights_bytes: int = 0,
-    first_token_at: datetime | None = None,
 ) -> Waterfall:
     """The waterfall of one pod. Stages that left no trace are left out, never guessed."""
     created = _time(pod["metadata"]["creationTimestamp"])
@@ -117,9 +122,6 @@ def read_waterfall(
     about = [event for event in events if (event.get("involvedObject") or {}).get("name") == name]
     spans = [*_placement(created, pod, about), *_image(about), *_engine(pod, log, weights_bytes)]
     rate = next((span.rate for span in spans if span.rate), None)
-    ready = max((span.end for span in spans), default=created)
-    if first_token_at and first_token_at > ready:
-        spans.append(_Span(Stage.FIRST_TOKEN, ready, first_token_at))
     spans.sort(key=lambda span: (span.start, list(Stage).index(span.stage)))
     stages = tuple(
         StageTime(

@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Self
 
 from google.auth.credentials import AnonymousCredentials
 from google.auth.transport.requests import Request
@@ -211,7 +211,13 @@ class ClusterClient:
         manifest: KubernetesObject = {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
-            "metadata": _identity(live) | {"labels": live["metadata"].get("labels") or {}},
+            "metadata": {
+                "name": name,
+                "namespace": self.target.namespace,
+                "labels": live["metadata"].get("labels") or {},
+                # The provenance of what serves again, as `serving_objects` states it in both places.
+                "annotations": template["metadata"].get("annotations") or {},
+            },
             "spec": {
                 **{key: live["spec"][key] for key in ("replicas", "selector", "strategy", "progressDeadlineSeconds")},
                 "template": {**template, "metadata": {**template["metadata"], "labels": labels}},
@@ -385,10 +391,6 @@ class ClusterClient:
             if any(owner["uid"] == uid for owner in item["metadata"].get("ownerReferences") or [])
         ]
         return sorted(owned, key=_revision_number, reverse=True)
-
-
-def _identity(manifest: KubernetesObject) -> dict[str, Any]:
-    return {key: manifest["metadata"][key] for key in ("name", "namespace")}
 
 
 def _revision_number(replica_set: KubernetesObject) -> int:

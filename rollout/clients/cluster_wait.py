@@ -31,10 +31,9 @@ LOG_TAIL_LINES = 400
 MAX_RESTARTS = 3
 """A container that ended four times by the same fault is not going to start."""
 RECHECK_S = 5.0
+"""How often to ask whether a ComputeClass has appeared."""
 SETTLE_S = 1.0
 """A log line comes on another connection than the exit it explains: look again after this time before giving up."""
-
-
 START_LOG_BYTES = 1_000_000
 """How much of a log's beginning is read for the waterfall: vLLM is up after about 30 kB."""
 
@@ -68,7 +67,7 @@ class WaitReport(Value):
     duration_s: float
     pods: tuple[str, ...]
     waterfalls: tuple[Waterfall, ...]
-    """One for each pod, without the first token: see `Waterfall`."""
+    """One for each pod; whoever gets the first token adds it with `Waterfall.with_first_token`."""
     healed: tuple[Diagnosis, ...] = ()
     """Faults that were seen on the way and went away."""
 
@@ -106,9 +105,10 @@ class _Seen:
     """Everything known about the Deployment at this moment."""
 
     deployment: KubernetesObject | None = None
-    replica_sets: dict[str, KubernetesObject] = field(default_factory=dict)
-    pods: dict[str, KubernetesObject] = field(default_factory=dict)
-    events: dict[str, KubernetesObject] = field(default_factory=dict)
+    collections: dict[str, dict[str, KubernetesObject]] = field(
+        default_factory=lambda: {"replica_set": {}, "pod": {}, "event": {}}
+    )
+    """Topic of a watch -> its objects by uid."""
     lines: dict[str, deque[TimedLine]] = field(default_factory=dict)
 
 
@@ -149,7 +149,8 @@ class StartupWait:
         self._listed: set[str] = set()
         self._stop = threading.Event()
         self._seen = _Seen()
-        self._log_runs: dict[str, str] = {}
+        self._read_runs: dict[str, str] = {}
+        self._shown_runs: dict[str, str] = {}
         self._first_seen: dict[Category, float] = {}
         self._faults: dict[Category, Diagnosis] = {}
         self._last_message = ""
@@ -211,7 +212,7 @@ class StartupWait:
             and int(status.get("replicas") or 0) == wanted
             and int(status.get("availableReplicas") or 0) == wanted
             # The pods come on another watch: the report is about them.
-            and len(self._new_pods()) == wanted
+            and len(self._ready_pods()) == wanted
         )
 
     def _confirmed(self, diagnosis: Diagnosis | None) -> Diagnosis | None:
@@ -279,16 +280,15 @@ class StartupWait:
 
     def _find_compute_class(self, name: str) -> bool:
         try:
-            return (
-                self._api.find(self._api.resource("cloud.google.com/v1", "ComputeClass").path(None, name)) is not None
-            )
+            path = self._api.resource("cloud.google.com/v1", "ComputeClass").path(None, name)
+            return self._api.find(path) is not None
         except NotFound:
             return False
         except PermissionMissing:
             return True  # who may not look does not know
 
     def _report(self) -> WaitReport:
-        pods = self._new_pods()
+        pods = self._ready_pods()
         events = self._events()
         waterfalls = tuple(
             read_waterfall(
@@ -358,7 +358,7 @@ class StartupWait:
             return []
         owned = [
             item
-            for item in self._seen.replica_sets.values()
+            for item in self._seen.collections["replica_set"].values()
             if any(owner["uid"] == deployment["metadata"]["uid"] for owner in _owners(item))
         ]
         return sorted(owned, key=_revision, reverse=True)[:1]
@@ -367,21 +367,25 @@ class StartupWait:
         uids = {item["metadata"]["uid"] for item in self._current_replica_sets()}
         pods = [
             pod
-            for pod in self._seen.pods.values()
+            for pod in self._seen.collections["pod"].values()
             if any(owner["uid"] in uids for owner in _owners(pod)) and not pod["metadata"].get("deletionTimestamp")
         ]
         return sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))
+
+    def _ready_pods(self) -> list[KubernetesObject]:
+        """Without evicted pods, which stay in the list until somebody deletes them."""
+        return [pod for pod in self._new_pods() if _condition(pod, "Ready")]
 
     def _old_pods(self) -> list[str]:
         new = {pod["metadata"]["uid"] for pod in self._new_pods()}
         return [
             pod["metadata"]["name"]
-            for uid, pod in self._seen.pods.items()
+            for uid, pod in self._seen.collections["pod"].items()
             if uid not in new and _condition(pod, "Ready")
         ]
 
     def _events(self) -> list[KubernetesObject]:
-        return sorted(self._seen.events.values(), key=_event_order)
+        return sorted(self._seen.collections["event"].values(), key=_event_order)
 
     # --- Taking in ----------------------------------------------------------------------------------------------------
 
@@ -408,10 +412,7 @@ class StartupWait:
         if topic == "deployment":
             self._absorb_deployment(event)
         else:
-            _fold(
-                {"replica_set": self._seen.replica_sets, "pod": self._seen.pods, "event": self._seen.events}[topic],
-                event,
-            )
+            _fold(self._seen.collections[topic], event)
             self._read_new_logs()
 
     def _absorb_deployment(self, event: Snapshot | Update) -> None:
@@ -428,10 +429,10 @@ class StartupWait:
 
     def _absorb_line(self, message: _Line) -> None:
         lines = self._seen.lines.setdefault(message.pod, deque(maxlen=LOG_TAIL_LINES))
-        if self._log_runs.get(f"shown {message.pod}") != message.run:
+        if self._shown_runs.get(message.pod) != message.run:
             # A new run of the container: what the last one died of is history once this one speaks.
             lines.clear()
-            self._log_runs[f"shown {message.pod}"] = message.run
+            self._shown_runs[message.pod] = message.run
         lines.append(message.line)
         if self._on_log:
             self._on_log(LogLine(pod=message.pod, at=message.line.at, text=message.line.text))
@@ -440,8 +441,8 @@ class StartupWait:
         for pod in self._new_pods():
             run = container_run(pod)
             name = pod["metadata"]["name"]
-            if run and self._log_runs.get(name) != run:
-                self._log_runs[name] = run
+            if run and self._read_runs.get(name) != run:
+                self._read_runs[name] = run
 
                 def deliver(line: TimedLine, name: str = name, run: str = run) -> None:
                     self._queue.put(_Line(name, run, line))
