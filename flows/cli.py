@@ -6,13 +6,17 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
 
 from flows.profiles_cli import profiles_app
 from rollout.errors import BadInput, ExitCode, RolloutError
+
+if TYPE_CHECKING:
+    from rollout.record import RolloutReport
+    from rollout.request import RolloutRequest
 
 app = typer.Typer(
     name="llm-rollout",
@@ -151,7 +155,7 @@ def rehearse(
     raise typer.Exit(perform(out, engine.value, ui=ui))
 
 
-def _request(model: str, target: str, revision: str | None, policy_file: Path | None):  # type: ignore[no-untyped-def]
+def _request(model: str, target: str, revision: str | None, policy_file: Path | None) -> RolloutRequest:
     import yaml
 
     from rollout.catalog import validated
@@ -168,7 +172,7 @@ def _request(model: str, target: str, revision: str | None, policy_file: Path | 
     return RolloutRequest(model=model, target=target, revision=revision, policy=policy)
 
 
-def _finish(report, path: Path) -> None:  # type: ignore[no-untyped-def]
+def _finish(report: RolloutReport, path: Path) -> None:
     from rollout.show import step_table
 
     for row in step_table(report):

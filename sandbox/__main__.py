@@ -40,4 +40,4 @@ def _real_vllm() -> dict[str, tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

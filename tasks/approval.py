@@ -14,7 +14,7 @@ from prefect import get_run_logger
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
+from prefect.runtime import deployment
 from pydantic import Field
 
 from rollout.errors import NotApproved
@@ -83,7 +83,7 @@ def _ask(plan: RolloutPlan) -> ApprovalAnswer:
     form = ApprovalAnswer.with_initial_data(description=plan_markdown(plan))
     timeout_s = int(plan.policy.approval_timeout_s)
     key = f"{NAME}-{shown_digest(plan)}"
-    if flow_run.deployment_id is None:
+    if deployment.id is None:
         return pause_flow_run(wait_for_input=form, timeout=timeout_s, poll_interval=2, key=key)
     return suspend_flow_run(wait_for_input=form, timeout=timeout_s, key=key)
 

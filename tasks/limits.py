@@ -13,7 +13,7 @@ from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
-from prefect.runtime import flow_run
+from prefect.runtime import deployment
 
 from rollout.plan import RolloutPlan
 
@@ -60,7 +60,7 @@ def _slots(name: str, count: int) -> Iterator[None]:
     For a deployment a missing limit is a mistake in the set-up, and an error (`strict`): without it, "no limit" would
     be its silent meaning. A run from the command line may have a server of its own, with nobody to share it with.
     """
-    from_deployment = flow_run.deployment_id is not None
+    from_deployment = deployment.id is not None
     if not from_deployment and not _exists(name):
         yield
         return
