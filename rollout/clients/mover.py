@@ -218,8 +218,9 @@ class Mover:
         """Files of which parts are still to be read."""
         self._open = len(jobs)
         self._stop = threading.Event()
-        self._to_send: queue.SimpleQueue[tuple[Job, Part, Buffer]] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
+        # None tells one waiting thread that all is done.
+        self._to_send: queue.SimpleQueue[tuple[Job, Part, Buffer] | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
         largest = max((job.parts[0].size_bytes for job in jobs), default=0)
         for _ in range(min(spec.buffers, sum(len(job.parts) for job in jobs))):
             self._free.put(Buffer(largest))
@@ -264,6 +265,8 @@ class Mover:
                 buffer = self._free.get(timeout=_TICK_S)
             except queue.Empty:
                 continue
+            if buffer is None:
+                return
             taken = self._next_part()
             if taken is None:
                 # The last parts are on their way; a file that turns out wrong is read again.
@@ -338,9 +341,12 @@ class Mover:
     def _send_loop(self) -> None:
         while not self._is_over:
             try:
-                job, part, buffer = self._to_send.get(timeout=_TICK_S)
+                item = self._to_send.get(timeout=_TICK_S)
             except queue.Empty:
                 continue
+            if item is None:
+                return
+            job, part, buffer = item
             self._send(job, part, buffer)
             self._release(job, buffer)
 
@@ -413,6 +419,11 @@ class Mover:
         job.finish(stored)
         with self._lock:
             self._open -= 1
+            is_last = self._open == 0
+        if is_last:
+            for _ in range(self._spec.connections):
+                self._free.put(None)
+                self._to_send.put(None)
 
     # Small files
 

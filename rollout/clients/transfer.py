@@ -4,6 +4,7 @@ What lies below a model path while and after weights are moved:
 
     config.json, model-….safetensors, …      final names: only ever given to proven objects
     .llm-rollout/transfer/writer.json        the claim of the run that is writing (`rollout.clients.claim`)
+    .llm-rollout/transfer/report-0-of-8.json what a share of a transfer on several machines did, until `finish`
     .llm-rollout/transfer/incoming/<digest>.<part bytes>
                                              a file on its way; its metadata says whether it is proven
     .llm-rollout/ready.json                  the ready marker with the provenance, written last
@@ -53,6 +54,7 @@ from rollout.transfer import (
 from rollout.values import content_digest
 
 _INCOMING = f"{WORK_FOLDER}incoming/"
+_REPORT = "report-"
 _MOVES_AT_ONCE = 8
 _TICK_S = 0.5
 _ATTEMPTS = 6
@@ -123,25 +125,38 @@ def publish_shard(
     """
     run = _Run(pinned, target, spec or TransferSpec(), token)
     started_at = time.monotonic()
-    name = f"{run.place.prefix}{WORK_FOLDER}writer-{index}-of-{count}.json"
-    claim = Claim(run.place.storage, name, ttl_s=run.spec.claim_ttl_s)
+    work = f"{run.place.prefix}{WORK_FOLDER}"
+    claim = Claim(run.place.storage, f"{work}writer-{index}-of-{count}.json", ttl_s=run.spec.claim_ttl_s)
     claim.acquire()
     try:
         files = run.move(shard_files(pinned.files, count)[index], on_progress, claim, sweep=False)
+        report = run.report(files, StepStatus.DONE, started_at, shard=f"{index + 1} of {count}")
+        run.place.storage.write_json(f"{work}{_REPORT}{index}-of-{count}.json", report.model_dump(mode="json"))
     finally:
         claim.release()
-    return run.report(files, StepStatus.DONE, started_at, shard=f"{index + 1} of {count}")
+    return report
 
 
-def finish(pinned: PinnedModel, target: Target) -> Provenance:
-    """Give the files of all shares their final names and write the ready marker; may be repeated.
+def finish(pinned: PinnedModel, target: Target) -> tuple[TransferReport, ...]:
+    """Give the files of all shares their final names, write the ready marker, collect the shares' reports.
+
+    May be repeated: over finished weights it changes nothing.
 
     Raises:
         TransferFailed: files are missing; names them.
         AnotherWriter: another run was faster.
     """
     place = Place(StorageClient(target), target.weights_prefix(pinned.repo_id, pinned.commit_sha))
-    return place.finish(pinned)
+    view = place.look()
+    if view.marker is None or not view.marker.proves(pinned, view.by_path):
+        place.finish(pinned)
+    reports = []
+    for stored in place.storage.list_objects(f"{place.prefix}{WORK_FOLDER}{_REPORT}"):
+        found = place.storage.read_json(stored.name)
+        if found is not None:
+            reports.append(TransferReport.model_validate(found[0]))
+            place.storage.delete(stored)
+    return tuple(reports)
 
 
 def read_provenance(pinned: PinnedModel, target: Target) -> Provenance | None:

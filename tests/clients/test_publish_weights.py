@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from rollout.clients.transfer import find_leftovers, finish, publish_shard, read_provenance, remove_leftovers
+from rollout.clients.transfer_job import run_shard
 from rollout.errors import AnotherWriter, HashMismatch, TransferFailed
 from rollout.report import StepStatus
 from rollout.target import WeightsLayout
 from rollout.transfer import Progress, Route, Source, TransferSpec
+from rollout.transfer_job import ShardRequest
 from sandbox.faults import (
     Corrupt,
     Drop,
@@ -370,14 +372,15 @@ def test_a_claim_that_nobody_renews_is_taken_over(place: WeightsPlace) -> None:
 def test_shards_and_a_finish_give_what_one_run_gives(make_place: PlaceMaker) -> None:
     place = make_place(files=model_files(shards=4, shard_bytes=6 * MIB))
     pinned = place.pin()
-    reports = []
+    request = ShardRequest(pinned=pinned, target=place.target, spec=SPEC, shards=3)
     for index in range(3):
         with pytest.raises(TransferFailed, match="are not in the bucket yet"):
             finish(pinned, place.target)
-        reports.append(publish_shard(pinned, place.target, SPEC, index=index, count=3))
+        run_shard({"TRANSFER_REQUEST": request.model_dump_json(), "JOB_COMPLETION_INDEX": str(index)})
+    reports = finish(pinned, place.target)
     assert [report.shard for report in reports] == ["1 of 3", "2 of 3", "3 of 3"]
-    finish(pinned, place.target)
     place.assert_published(pinned)
+    assert finish(pinned, place.target) == (), "a second finish finds nothing to do"
     assert sorted(file.path for report in reports for file in report.files) == [file.path for file in pinned.files]
     assert sum(report.bytes_sent for report in reports) == pinned.total_bytes
     assert place.publish(pinned).status is StepStatus.UNCHANGED

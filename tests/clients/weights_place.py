@@ -35,7 +35,7 @@ def random_bytes(seed: str, count: int) -> bytes:
     return hashlib.shake_128(seed.encode()).digest(count)
 
 
-def model_files(*, shards: int = 2, shard_bytes: int = 12 * MIB + 345, seed: str = "a") -> dict[str, bytes]:
+def model_files(*, shards: int = 2, shard_bytes: int = 5 * MIB + 345, seed: str = "a") -> dict[str, bytes]:
     names = [f"model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
     return {
         ".gitattributes": LFS,

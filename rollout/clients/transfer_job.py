@@ -1,0 +1,51 @@
+"""What a pod of the transfer's Job runs: `python -m rollout.clients.transfer_job`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from rollout.clients.transfer import publish_shard
+from rollout.errors import RolloutError
+from rollout.transfer import Progress, TransferReport
+from rollout.transfer_job import TOKEN_VARIABLE, shard_of
+
+_LOG_EVERY = 0.1
+"""A line in the pod's log for every tenth of the share."""
+
+
+def run_shard(environment: Mapping[str, str]) -> TransferReport:
+    """Bring this pod's share into the bucket; its report is left there for `finish`."""
+    request, index = shard_of(environment)
+    logged = 0.0
+
+    def log(progress: Progress) -> None:
+        nonlocal logged
+        if progress.share >= logged + _LOG_EVERY:
+            logged = progress.share
+            print(f"{progress.share:.0%}, {progress.bytes_per_s / 1e6:.0f} MB/s", flush=True)
+
+    return publish_shard(
+        request.pinned,
+        request.target,
+        request.spec,
+        index=index,
+        count=request.shards,
+        token=environment.get(TOKEN_VARIABLE),
+        on_progress=log,
+    )
+
+
+def main() -> int:
+    try:
+        report = run_shard(os.environ)
+    except RolloutError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    print(f"share {report.shard}: {report.total_bytes:,} bytes in {report.seconds:.0f} s, {report.retries} retries")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
