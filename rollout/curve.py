@@ -218,8 +218,8 @@ def saturation_rate(stages: Sequence[Stage], lower: float) -> float | None:
     produces less under overload than there.
     """
     plateau = plateau_ttft_s(stages)
-    # Refusals and errors are not throughput of a saturated engine.
-    working = [stage for stage in stages if stage.failed_share <= FAILED_SHARE_AT_MOST]
+    # Refusals, errors and a slow client are not the throughput of a saturated engine.
+    working = [s for s in stages if s.failed_share <= FAILED_SHARE_AT_MOST and not (s.client and s.client.limited_by)]
     saturated = [s.rate_per_s * s.follows for s in working if s.rate_per_s > lower and not is_sustained(s, plateau)]
     if not saturated:
         return None
