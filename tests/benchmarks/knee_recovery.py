@@ -42,12 +42,16 @@ class Sweep:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=int, default=300)
+    parser.add_argument("--models", type=int, default=300, help="at least four: one per workload")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
-    source = random.Random(options.seed)
-    sweeps = [sweep(source) for _ in range(options.models)]
-    never = [never_saturates(source) for _ in range(max(1, options.models // 10))]
+
+    # Each model has a seed of its own, so that one of them can be looked at alone.
+    def source(name: str) -> random.Random:
+        return random.Random(f"{options.seed}-{name}")
+
+    sweeps = [sweep(source(f"{number}"), WORKLOADS[number % len(WORKLOADS)]) for number in range(options.models)]
+    never = [never_saturates(source(f"never-{number}")) for number in range(max(1, options.models // 10))]
     step = BenchmarkSpec().resolution
     print("| workload | models | within one step | median error | worst error | mean stages |")
     print("|---|---|---|---|---|---|")
@@ -61,12 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f" | {errors.max():.1%} | {stages:.1f} |"
         )
     print(f"\nFalse knees on {len(never)} engines that never saturate: {sum(never)}.")
-    for each in sorted(sweeps, key=lambda each: -each.error)[:3]:
-        print(f"Worst: {each}")
+    for number, each in sorted(enumerate(sweeps), key=lambda pair: -pair[1].error)[:3]:
+        print(f"Worst: number {number}, {each}")
 
 
-def sweep(source: random.Random) -> Sweep:
-    workload = source.choice(WORKLOADS)
+def sweep(source: random.Random, workload: Workload) -> Sweep:
     parameters = random_engine(source, source.randint(4, 48))
     truth = true_knee(parameters, lengths_of(workload))
     # The sweep starts anywhere between a hundredth of the knee and the knee itself, as an operator's guess would.
