@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
+from flows import operations_cli
 from flows.profiles_cli import profiles_app
-from rollout.errors import BadInput, ExitCode, RolloutError
+from rollout.errors import ExitCode, RolloutError
+
+if TYPE_CHECKING:
+    from rollout.record import RolloutReport
+    from rollout.request import RolloutRequest
 
 if TYPE_CHECKING:
     from rollout.record import RolloutReport
@@ -23,7 +28,7 @@ app = typer.Typer(
     help="Roll out language models with vLLM on GKE, and keep the evidence.",
     epilog=(
         "Exit codes: 0 done and within objectives; 1 failed; 2 bad input; 3 rolled back; 4 objectives missed;"
-        " 5 not approved; 6 teardown left something behind."
+        " 5 not approved; 6 teardown left something behind. PREFECT_LOGGING_LEVEL=DEBUG shows every detail."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -50,6 +55,9 @@ PolicyOption = Annotated[
     Path | None, typer.Option("--policy", help="YAML file with the rollout's policy (objectives, teardown, …).")
 ]
 DEFAULT_REPORT = Path("out/report.json")
+
+_PREFECT_IS_AWAY = "Failed to reach API at "
+"""How Prefect's client begins the RuntimeError that it raises before a flow starts, when no server answers."""
 
 
 @app.command()
@@ -82,12 +90,18 @@ def rollout(
     revision: RevisionOption = None,
     policy: PolicyOption = None,
     report: ReportOption = DEFAULT_REPORT,
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML for CI: one test case a step.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Markdown is appended here, e.g. to $GITHUB_STEP_SUMMARY.")
+    ] = None,
 ) -> None:
     """Roll a model out: weights, identity, manifests, smoke test, benchmark, objectives."""
     request = _request(model, target, revision, policy)
     from flows.rollout_model import rollout_model
 
-    _finish(rollout_model(request, report_file=str(report)), report)
+    with operations_cli.told_to_ci(report, junit=junit, summary=summary):
+        done = rollout_model(request, report_file=str(report))
+    _finish(done, report)
 
 
 @app.command()
@@ -156,20 +170,9 @@ def rehearse(
 
 
 def _request(model: str, target: str, revision: str | None, policy_file: Path | None) -> RolloutRequest:
-    import yaml
+    from flows.requests import request_of
 
-    from rollout.catalog import validated
-    from rollout.policy import RolloutPolicy
-    from rollout.request import RolloutRequest
-
-    policy = RolloutPolicy()
-    if policy_file is not None:
-        try:
-            data = yaml.safe_load(policy_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise BadInput(f"cannot read the policy: {error}", where=str(policy_file)) from error
-        policy = validated(RolloutPolicy, data or {}, where=str(policy_file))
-    return RolloutRequest(model=model, target=target, revision=revision, policy=policy)
+    return request_of(model, target, revision, policy_file)
 
 
 def _finish(report: RolloutReport, path: Path) -> None:
@@ -181,10 +184,14 @@ def _finish(report: RolloutReport, path: Path) -> None:
     raise typer.Exit(int(report.exit_code))
 
 
+operations_cli.mount(app)
+
+
 def main() -> None:
     """The console script. Every error ends in one message and an exit code that CI can act on."""
     # An ephemeral server (no PREFECT_API_URL) takes half a minute on a fresh home; Prefect's own limit is 20 s.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", "flows.terminal.Terminal")
     try:
         app()
     except RolloutError as error:
@@ -195,3 +202,8 @@ def main() -> None:
 
         typer.echo(f"error: {explain(error)}", err=True)
         sys.exit(int(ExitCode.BAD_INPUT))
+    except RuntimeError as error:
+        if not str(error).startswith(_PREFECT_IS_AWAY):
+            raise
+        typer.echo(f"error: {error}: is PREFECT_API_URL right, and does the Prefect server run?", err=True)
+        sys.exit(int(ExitCode.FAILED))
