@@ -15,12 +15,17 @@ def hub_token(target: Target) -> str | None:
     """The Hugging Face token of `target`: its Secret block, else `$HF_TOKEN`, else None (public models)."""
     if target.hub_token_secret is None:
         return os.environ.get("HF_TOKEN") or None
+    return secret_of(target.hub_token_secret, where=f"target {target.name}, hub_token_secret")
+
+
+def secret_of(name: str, *, where: str = "") -> str:
+    """The value of the Secret block `name`. Raises `BadInput` if there is none."""
     try:
-        block = cast(Secret[str], Secret.load(target.hub_token_secret))
+        block = cast(Secret[str], Secret.load(name))
     except ValueError as error:
         raise BadInput(
-            f"there is no Secret block {target.hub_token_secret!r} on the Prefect server.",
-            where=f"target {target.name}, hub_token_secret",
-            resolution=f"Make it: prefect block create secret (name: {target.hub_token_secret}, value: your token).",
+            f"there is no Secret block {name!r} on the Prefect server.",
+            where=where,
+            resolution=f"Make it: prefect block create secret (name: {name}, value: your token).",
         ) from error
     return block.get()

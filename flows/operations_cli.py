@@ -1,0 +1,237 @@
+"""`llm-rollout` commands of daily operation, on the Prefect server and on what serves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rollout.errors import BadInput
+
+TargetOption = Annotated[
+    str, typer.Option("--target", "-t", help="Environment in deployments/targets/, or a YAML file.")
+]
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands of this module to `app`."""
+    for command in (bootstrap, run, verify, watch_releases, webhook, janitor, status, history, rollback):
+        app.command()(command)
+
+
+def bootstrap(
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Targets to prepare for; default: all known by name.")
+    ] = None,
+    pool: Annotated[str | None, typer.Option(help="Where deployments go: laptop or cluster.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that rollouts to one target may take at once.")] = 8,
+    image: Annotated[str | None, typer.Option(help="Worker image of the cluster pool.")] = None,
+    notify: Annotated[str | None, typer.Option(help="Notification block, e.g. slack-webhook/ops.")] = None,
+) -> None:
+    """Prepare the Prefect server: work pools, limits, Secret blocks, notifications. Run it as often as you like."""
+    from rollout import catalog
+
+    targets = [catalog.load_target(name) for name in target or catalog.known("targets")]
+    from flows.bootstrap import CLUSTER_POOL, LAPTOP_POOL, POOL_VARIABLE
+    from flows.bootstrap import bootstrap as perform
+
+    if pool not in (None, LAPTOP_POOL, CLUSTER_POOL):
+        raise BadInput(f"there is no pool {pool!r}.", where="--pool", resolution=f"{LAPTOP_POOL} or {CLUSTER_POOL}.")
+    changes = perform(targets, pool=pool, gpus=gpus, image=image, notify=notify)
+    for change in changes:
+        typer.echo(f"{change.action.value:9} {change.kind:16} {change.name}  {change.detail}".rstrip())
+    chosen = next(change.detail for change in changes if change.name == POOL_VARIABLE)
+    typer.echo(f"next: prefect --no-prompt deploy --all && prefect worker start --pool {chosen}")
+
+
+@contextmanager
+def told_to_ci(record: Path, *, junit: Path | None, summary: Path | None) -> Iterator[None]:
+    """Write what CI asked for, from the record on disk; whether the block succeeds, fails or is killed."""
+    before = _written_at(record)
+    try:
+        yield
+    finally:
+        if _written_at(record) != before:  # an earlier rollout's record must not speak for this one
+            _tell(record, junit, summary)
+
+
+def _written_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _tell(record: Path, junit: Path | None, summary: Path | None) -> None:
+    from rollout.clients.records import read_local
+    from rollout.summary import github_annotations, junit_xml, summary_markdown
+
+    report = read_local(record)
+    if junit is not None:
+        junit.parent.mkdir(parents=True, exist_ok=True)
+        junit.write_text(junit_xml(report), encoding="utf-8")
+    if summary is not None:
+        _append(summary, summary_markdown(report))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in github_annotations(report):
+            typer.echo(line)
+
+
+def _append(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def run(
+    deployment: Annotated[
+        str, typer.Argument(metavar="DEPLOYMENT", help="FLOW/NAME, as `prefect deployment ls` shows.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: the deployment's.")] = None,
+    wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds until CI gives up and cancels the run.")] = 7200,
+    key: Annotated[
+        str | None, typer.Option(help="Idempotency key, e.g. the pipeline's id: a repeated job joins its first run.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Markdown is appended here, e.g. to $GITHUB_STEP_SUMMARY.")
+    ] = None,
+) -> None:
+    """Start a deployment on the Prefect server, wait, and exit with our codes. Needs no cloud credentials."""
+    from flows.ci import GivenUp, run_on_server
+
+    request = {} if revision is None else {"revision": revision}
+    try:
+        done = run_on_server(deployment, request, idempotency_key=key, deadline_s=wait, say=typer.echo)
+    except GivenUp as signal:
+        typer.echo(f"{signal}: gave up", err=True)
+        raise typer.Exit(1) from None
+    if summary is not None and done.summary:
+        _append(summary, done.summary)
+    typer.echo(f"{done.outcome}{': ' + done.detail if done.detail else ''}")
+    raise typer.Exit(int(done.exit_code))
+
+
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Preset in deployments/models/, or a YAML file.")],
+    target: TargetOption,
+    policy: Annotated[
+        Path | None, typer.Option(help="YAML file of a policy: its benchmark and objectives count.")
+    ] = None,
+    report: Annotated[Path, typer.Option("--report", help="The machine-readable record.")] = Path("out/verify.json"),
+) -> None:
+    """Ask the live model server whether it still does what its rollout has proven."""
+    from flows.requests import request_of
+    from rollout.show import step_table
+
+    request = request_of(model, target, policy_file=policy)
+    from flows.verify_model import verify_model
+
+    done = verify_model(request, report_file=str(report))
+    for row in step_table(done):
+        typer.echo("{} {:<24} {:>7} s  {}".format(*row))
+
+
+def watch_releases(
+    target: TargetOption,
+    model: Annotated[list[str], typer.Option("--model", help="Presets to follow; may be given several times.")],
+) -> None:
+    """Look once for new commits of the followed models, and announce them."""
+    from rollout.releases import Followed, WatchRequest
+
+    request = WatchRequest(target=target, follow=tuple(Followed(model=name) for name in model))
+    from flows.watch_releases import watch_releases as watch
+
+    announcements = watch(request)
+    for announcement in announcements:
+        typer.echo(f"announced {announcement.repo_id}@{announcement.commit_sha} for {announcement.target}")
+    if not announcements:
+        typer.echo("nothing new")
+
+
+def webhook(
+    deployment: Annotated[str, typer.Option(help="What a message starts, as FLOW/NAME: watch-releases/s3ns-france.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; TLS is the proxy's in front.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    secret_block: Annotated[
+        str | None, typer.Option(help="Secret block with the webhook's secret; default: $LLM_ROLLOUT_WEBHOOK_SECRET.")
+    ] = None,
+) -> None:
+    """Receive Hugging Face's webhooks: a release is noticed at once instead of at the next poll."""
+    from aiohttp import web
+
+    from flows.webhook import webhook_app
+    from tasks.credentials import secret_of
+
+    secret = secret_of(secret_block) if secret_block else os.environ.get("LLM_ROLLOUT_WEBHOOK_SECRET", "")
+    web.run_app(webhook_app(deployment, secret), host=host, port=port, print=typer.echo)
+
+
+def janitor(
+    target: TargetOption,
+    show: Annotated[bool, typer.Option("--show", help="Only show what would be removed.")] = False,
+) -> None:
+    """Clean up after what died: zombie runs, trials that nobody tore down, model servers past their expiry."""
+    from flows.janitor import janitor as perform
+
+    reports = perform(target, remove=not show)
+    for change in (change for report in reports for change in report.removed):
+        typer.echo(f"removed  {change.kind:16} {change.name}")
+
+
+def status(target: TargetOption) -> None:
+    """Which model commit serves where, since when, with which evidence; and where the cluster disagrees."""
+    from rollout.catalog import load_target
+    from rollout.clients.cluster import ClusterClient
+    from rollout.clients.records import RecordStore
+    from rollout.errors import NotFound
+    from rollout.ledger import drift, serving_now
+
+    where = load_target(target)
+    live = serving_now(RecordStore(where).read_all())
+    for serving in live.values():
+        typer.echo(
+            f"{serving.instance}: {serving.model} since {serving.since:%Y-%m-%d %H:%M} UTC,"
+            f" {serving.evidence.value}, run {serving.run_id}"
+        )
+    if not live:
+        typer.echo(f"by its records, nothing serves on {where.name}")
+    try:
+        manifests = ClusterClient.connect(where).inventory()
+    except NotFound:
+        manifests = ()
+    for difference in drift(live, manifests):
+        typer.echo(
+            f"drift: {difference.instance}: recorded is {difference.recorded}, live is {difference.live}."
+            f" {difference.what_to_do}"
+        )
+
+
+def history(target: TargetOption) -> None:
+    """Every rollout to a target, newest first: what, when, how it ended, and its run."""
+    from rollout.catalog import load_target
+    from rollout.clients.records import RecordStore
+    from rollout.ledger import in_order
+
+    for report in reversed(in_order(RecordStore(load_target(target)).read_all())):
+        plan = report.plan
+        what = f"{plan.serving.name} {plan.model.repo_id}@{plan.model.short_sha}" if plan else "teardown"
+        gone = ", torn down" if report.teardown and plan else ""
+        typer.echo(f"{report.started_at:%Y-%m-%d %H:%M}  {report.verdict.value + gone:32} {what}  run {report.run_id}")
+
+
+def rollback(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Preset in deployments/models/, or a YAML file.")],
+    target: TargetOption,
+    to: Annotated[str, typer.Option("--to", help="Run id or commit (or its beginning) of the history.")],
+    report: Annotated[Path, typer.Option("--report", help="The machine-readable record.")] = Path("out/report.json"),
+) -> None:
+    """Roll out again what served before: the recorded commit, image, replicas and context window."""
+    from flows.requests import request_of, rollback_request
+
+    request = rollback_request(request_of(model, target), to)
+    from flows.rollout_model import rollout_model
+
+    done = rollout_model(request, report_file=str(report))
+    typer.echo(f"{done.verdict.value}; the record is in {report}")
+    raise typer.Exit(int(done.exit_code))
