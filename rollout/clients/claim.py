@@ -6,6 +6,7 @@ marker are written under a generation precondition, so even a writer that was wr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -13,7 +14,7 @@ import time
 import uuid
 
 from rollout.clients.storage import StorageClient
-from rollout.errors import AnotherWriter
+from rollout.errors import AnotherWriter, RolloutError
 from rollout.report import utc_now
 
 RENEWALS_PER_TTL = 3
@@ -57,9 +58,11 @@ class Claim:
 
     def release(self) -> None:
         """Give the claim back, if it is still ours."""
-        found = self._storage.find(self._name)
-        if found is not None and found.generation == self._generation:
-            self._storage.delete(found)
+        # What the run failed of is the error to show; a claim that stays behind runs out by itself.
+        with contextlib.suppress(RolloutError):
+            found = self._storage.find(self._name)
+            if found is not None and found.generation == self._generation:
+                self._storage.delete(found)
 
     def _write(self, generation: int) -> None:
         self._generation = self._storage.write_json(self._name, self._content(), if_generation=generation)

@@ -260,6 +260,11 @@ class HubFile:
             url = location
         raise errors.TransferFailed("the hub redirects in a circle.", where=self.where)
 
+    def reject(self) -> None:
+        """What came was wrong: the next reading asks for a new link, and with it perhaps for another copy."""
+        with self._lock:
+            self._link = None
+
     def _remember(self, link: str) -> str:
         with self._lock:
             self._link = link
@@ -275,9 +280,10 @@ class HubFile:
             return None
         location = urljoin(url, response.headers.get("Location", ""))
         response.text()  # the connection can be used again
-        if origin(url)[0] == "https" and origin(location)[0] != "https":
+        scheme, host, _ = origin(location)
+        if scheme not in ("http", "https") or (origin(url)[0] == "https" and scheme != "https"):
             raise errors.TransferFailed(
-                f"the hub redirects to an address without encryption ({origin(location)[1]}).", where=self.where
+                f"the hub redirects to an address without encryption ({scheme}://{host}).", where=self.where
             )
         return location
 
@@ -300,7 +306,7 @@ class HubFile:
                 where=self.where,
             )
         encoding = response.headers.get("Content-Encoding", "identity")
-        if response.content_length != count or encoding != "identity":
+        if response.content_length not in (count, None) or encoding != "identity":
             raise transient(
                 f"asked for {count} bytes, the server announces {response.content_length} ({encoding}).",
                 where=self.where,

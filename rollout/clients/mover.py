@@ -66,6 +66,10 @@ class ByteSource(Protocol):
         """Fill `view` from `start`, and yield how many bytes came each time. Raises TransientError to be continued."""
         ...
 
+    def reject(self) -> None:
+        """The bytes that came were not the file's."""
+        ...
+
 
 class Job:
     """One file on its way, with what is known to be in the bucket already."""
@@ -92,7 +96,9 @@ class Job:
         self.assembled = assembled
         self.arrived = {part.number: part for part in arrived if self._fits(part)}
         self.crc32cs: dict[int, int] = {}
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
+        """Held for moments only: the thread that shows progress takes it, too."""
+        self.begin_lock = threading.Lock()
         self.retries = 0
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -126,7 +132,8 @@ class Job:
     def bytes_in_bucket(self) -> int:
         if self.stored is not None or self.assembled is not None:
             return self.file.size_bytes
-        return sum(part.size_bytes for part in self.arrived.values())
+        with self.lock:
+            return sum(part.size_bytes for part in self.arrived.values())
 
     def start_pass(self) -> None:
         """Read the file from its beginning (again)."""
@@ -143,7 +150,8 @@ class Job:
     def forget_sent(self) -> None:
         """Trust nothing that was sent."""
         self.upload, self.assembled = None, None
-        self.arrived.clear()
+        with self.lock:
+            self.arrived.clear()
 
     def proof(self) -> dict[str, str]:
         """Metadata that marks the object as proven."""
@@ -308,7 +316,7 @@ class Mover:
             return False
         if part.number in job.arrived and job.crc32cs.get(part.number, crc32c) == crc32c:
             return False
-        with job.lock:
+        with job.begin_lock:
             if job.upload is None:
                 job.upload = self._retrying(job, lambda: self._uploader.begin(job.name, job.metadata))
         return True
@@ -359,7 +367,9 @@ class Mover:
             job.count(sent=part.size_bytes)
             return self._uploader.send(upload, part.number, view, crc32c)
 
-        job.arrived[part.number] = self._retrying(job, attempt)
+        arrived = self._retrying(job, attempt)
+        with job.lock:
+            job.arrived[part.number] = arrived
 
     def _release(self, job: Job, buffer: Buffer) -> None:
         with self._lock:
@@ -409,6 +419,7 @@ class Mover:
             self._lanes.insert(0, job)
 
     def _mismatch(self, job: Job, what: str) -> HashMismatch:
+        job.source.reject()
         return HashMismatch(
             f"{what} differs from the hub's after {job.passes} readings; nothing wrong was left in the bucket.",
             where=job.source.where,

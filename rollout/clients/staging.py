@@ -38,6 +38,10 @@ class DiskFile:
     def where(self) -> str:
         return str(self._path)
 
+    def reject(self) -> None:
+        """The content is wrong: a rerun has to fetch the file again."""
+        self._path.unlink(missing_ok=True)
+
     def read(self, start: int, view: memoryview) -> Iterator[int]:
         """Fill `view` from `start`.
 

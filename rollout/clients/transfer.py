@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from importlib.metadata import version
 
+from pydantic import ValidationError
+
 from rollout.bucket_objects import StoredObject
 from rollout.clients.claim import Claim
 from rollout.clients.hub import HubClient
@@ -119,6 +121,8 @@ def publish_shard(
 ) -> TransferReport:
     """Bring one share of the files into the bucket, proven but without their final names; `finish` does the rest.
 
+    Shares claim themselves, not the model path: who starts them sees to it that `publish_weights` does not run as well.
+
     Args:
         index: of this worker, from 0, as an Indexed Job gives it in JOB_COMPLETION_INDEX.
         count: of workers: every one computes the same shares from the same commit.
@@ -208,7 +212,11 @@ class Place:
         by_path = {stored.name.removeprefix(self.prefix): stored for stored in listing}
         if found is None:
             return View(by_path, None, 0)
-        return View(by_path, Provenance.model_validate(found[0]), found[1])
+        try:
+            marker = Provenance.model_validate(found[0])
+        except ValidationError:
+            marker = None  # not ours, or of another version: it proves nothing, and is replaced
+        return View(by_path, marker, found[1])
 
     def incoming_name(self, file: ModelFile, spec: TransferSpec) -> str:
         return f"{self.prefix}{_INCOMING}{_digest(file)}.{spec.part_bytes}"
@@ -348,7 +356,8 @@ class _Run:
         objects = [
             stored
             for path, stored in view.by_path.items()
-            if path.startswith(_INCOMING) and path.removeprefix(_INCOMING).partition(".")[0] not in digests
+            if path.startswith(f"{WORK_FOLDER}{_REPORT}")
+            or (path.startswith(_INCOMING) and path.removeprefix(_INCOMING).partition(".")[0] not in digests)
         ]
         useful = set(_first_by_name(unfinished).values())
         names = {self.place.incoming_name(file, self.spec) for file in self.pinned.files}
