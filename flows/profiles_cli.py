@@ -76,7 +76,7 @@ SourceOption = Annotated[
 ]
 FileOption = Annotated[
     list[Path] | None,
-    typer.Option("--file", help="CSV of `benchmarks list`, or a benchmark of ours as JSON."),
+    typer.Option("--file", help="CSV of `benchmarks list`, our JSON, or inference-perf's folder."),
 ]
 HistoryOption = Annotated[Path, typer.Option("--history", help="Folder with records of rollouts.")]
 FormatOption = Annotated[str, typer.Option("--format", help="table, csv, json or yaml; gcloud's profile, csvprofile.")]

@@ -8,11 +8,12 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from enum import StrEnum
+from typing import Any
 
 import yaml
 
 from rollout.accelerators import ACCELERATORS
-from rollout.cost import PricingModel
+from rollout.cost import Price, PricingModel, token_cost
 from rollout.errors import BadInput
 from rollout.profiles import (
     BENCHMARK_COLUMNS,
@@ -184,8 +185,8 @@ def _rounded(value: float | None, digits: int) -> float | None:
 
 
 def _named(profile: Profile) -> str:
-    day = f", {profile.source.as_of}" if profile.source.as_of else ""
-    return f"{profile.source.name} {profile.model_server_version}{day}"
+    day = profile.source.as_of.isoformat() if profile.source.as_of else ""
+    return ", ".join(filter(None, (profile.source.name, profile.model_server_version, day)))
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -243,6 +244,9 @@ def _profile_of(rows: Sequence[Mapping[str, str]], name: str, pricing: PricingMo
         return None if value in ("", "N/A") else value
 
     written, pricing_text, day = stated("Evidence"), stated("Pricing Model"), stated("Date")
+    points = tuple(_point_of(row, name) for row in rows)
+    if not any(point.usd_per_million_output_tokens for point in points):
+        pricing = None  # without a cost there is nothing that it could be the pricing model of
     return Profile(
         model=first["Model Name"],
         model_server=first["Model Server Name"],
@@ -253,7 +257,7 @@ def _profile_of(rows: Sequence[Mapping[str, str]], name: str, pricing: PricingMo
         serving_stack=stated("Serving Stack"),
         use_case=stated("Use Case"),
         pricing_model=pricing_named(pricing_text) if pricing_text else pricing,
-        points=tuple(_point_of(row, name) for row in rows),
+        points=points,
         source=Source(
             name=stated("Source") or name,
             evidence=Evidence(written) if written else Evidence.PREDICTION,
@@ -281,3 +285,58 @@ def accelerators_of(instance: str, accelerator: str) -> int:
     """How many accelerators an instance type has; 1 where it is not known."""
     known = ACCELERATORS.get(accelerator)
     return next((m.accelerators for m in known.machines if m.type == instance), 1) if known else 1
+
+
+def read_inference_perf(
+    reports: Mapping[str, Mapping[str, Any]],
+    *,
+    name: str,
+    model: str,
+    accelerator: str,
+    accelerator_count: int = 1,
+    price: Price | None = None,
+) -> Profile:
+    """A profile from inference-perf's stage reports (file name -> content), each one load point.
+
+    The reports name neither model nor accelerator. Raises BadInput for a report without successful requests, which
+    would have no latency.
+    """
+    points = [_inference_perf_point(report, file, accelerator_count, price) for file, report in reports.items()]
+    if not points:
+        raise BadInput(
+            "no stage report.", where=name, resolution="inference-perf writes stage_<n>_lifecycle_metrics.json files."
+        )
+    return Profile(
+        model=model,
+        accelerator=accelerator,
+        accelerator_count=accelerator_count,
+        points=tuple(points),
+        pricing_model=PricingModel.ON_DEMAND if price else None,
+        source=Source(name=name, evidence=Evidence.MEASUREMENT),
+    )
+
+
+def _inference_perf_point(report: Mapping[str, Any], file: str, gpus: int, price: Price | None) -> LoadPoint:
+    successes = report.get("successes") or {}
+    throughput = successes.get("throughput") or {}
+    latency = successes.get("latency") or {}
+    if not successes.get("count") or not throughput:
+        raise BadInput("the stage has no successful request.", where=file)
+
+    def median_ms(metric: str) -> float | None:
+        found = latency.get(metric) or {}
+        seconds = found.get("median", found.get("p50"))
+        return None if seconds is None else float(seconds) * 1e3
+
+    inputs, outputs = float(throughput["input_tokens_per_sec"]), float(throughput["output_tokens_per_sec"])
+    cost = token_cost(price, gpus=gpus, input_tokens_per_s=inputs, output_tokens_per_s=outputs) if price else None
+    return LoadPoint(
+        requests_per_s=float(throughput["requests_per_sec"]),
+        output_tokens_per_s=outputs,
+        input_tokens_per_s=inputs,
+        ttft_ms=median_ms("time_to_first_token"),
+        ntpot_ms=median_ms("normalized_time_per_output_token"),
+        itl_ms=median_ms("inter_token_latency"),
+        usd_per_million_input_tokens=cost.usd_per_million_input_tokens if cost else None,
+        usd_per_million_output_tokens=cost.usd_per_million_output_tokens if cost else None,
+    )

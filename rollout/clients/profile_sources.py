@@ -15,7 +15,7 @@ from rollout.clients.records import RecordStore
 from rollout.cost import Price, PricingModel, price_for
 from rollout.errors import BadInput
 from rollout.history import CurveRecord
-from rollout.profile_formats import read_benchmarks_csv
+from rollout.profile_formats import read_benchmarks_csv, read_inference_perf
 from rollout.profiles import MeasuredOn, Profile, ProfileQuery, StaticSource, measured_profile
 from rollout.record import RolloutReport
 from rollout.target import Target
@@ -61,7 +61,12 @@ def bucket_history(target: Target, query: ProfileQuery) -> StaticSource:
 
 
 def benchmark_file(path: Path, query: ProfileQuery) -> StaticSource:
-    """A CSV of `benchmarks list`, or a JSON file with a benchmark of ours. Raises BadInput for anything else."""
+    """A CSV of `benchmarks list`, a benchmark of ours as JSON, or a folder of inference-perf's stage reports.
+
+    Raises BadInput for anything else. inference-perf's reports name neither model nor accelerator: `query` must.
+    """
+    if path.is_dir():
+        return StaticSource(str(path), [_inference_perf(path, query)])
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -72,6 +77,23 @@ def benchmark_file(path: Path, query: ProfileQuery) -> StaticSource:
         except (ValueError, ValidationError) as error:
             raise BadInput(f"not a benchmark: {str(error).splitlines()[0]}", where=str(path)) from error
     return StaticSource(str(path), read_benchmarks_csv(text, name=str(path), pricing=query.pricing_model))
+
+
+def _inference_perf(folder: Path, query: ProfileQuery) -> Profile:
+    if query.model is None or query.accelerator is None:
+        raise BadInput(
+            "inference-perf's reports name neither model nor accelerator.",
+            where=str(folder),
+            resolution="Give --model and --accelerator-type.",
+        )
+    paths = sorted(folder.glob("stage_*_lifecycle_metrics.json"))
+    return read_inference_perf(
+        {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths},
+        name=str(folder),
+        model=query.model,
+        accelerator=query.accelerator,
+        price=_list_price(query.accelerator, None, query.pricing_model),
+    )
 
 
 def _profiles_of(data: Mapping[str, Any], name: str, query: ProfileQuery, region: str | None) -> Iterator[Profile]:

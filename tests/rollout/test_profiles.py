@@ -23,6 +23,7 @@ from rollout.profile_formats import (
     format_named,
     pricing_named,
     read_benchmarks_csv,
+    read_inference_perf,
     render_list,
     render_rows,
     render_use_cases,
@@ -459,6 +460,9 @@ def test_gclouds_own_csv_is_read_as_a_prediction() -> None:
     assert read.saturation.ntpot_ms == 200
 
 
+HEADER = "Accelerator Type,Model Name,Model Server Name,Output Tokens/s\n"
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -501,3 +505,32 @@ def test_gclouds_names_of_formats_and_prices_are_understood() -> None:
     for wrong in (format_named, pricing_named):
         with pytest.raises(BadInput, match="Known are"):
             wrong("xml")
+
+
+def stage_report(rate: float) -> dict[str, Any]:
+    """One of inference-perf's stage reports, as far as it is read."""
+    latency = {
+        "time_to_first_token": {"mean": 0.3, "median": 0.1 * rate},
+        "normalized_time_per_output_token": {"p50": 0.02 * rate},
+        "inter_token_latency": {"median": 0.015},
+    }
+    throughput = {"input_tokens_per_sec": 200 * rate, "output_tokens_per_sec": 100 * rate, "requests_per_sec": rate}
+    return {"successes": {"count": 10, "latency": latency, "throughput": throughput}, "failures": {"count": 0}}
+
+
+def test_inference_perfs_stage_reports_are_a_profile() -> None:
+    reports = {f"stage_{i}_lifecycle_metrics.json": stage_report(rate) for i, rate in enumerate((1.0, 2.0))}
+    price = Price(usd_per_gpu_hour=36.0, source="test")
+
+    found = read_inference_perf(reports, name="reports", model=GPT_OSS, accelerator=H100, price=price)
+
+    assert found.source.evidence is Evidence.MEASUREMENT
+    at = found.saturation
+    assert (at.ttft_ms, at.ntpot_ms, at.itl_ms) == pytest.approx((200, 40, 15))
+    # 0.01 USD/s over 400/4 + 200 weighted tokens/s.
+    assert at.usd_per_million_output_tokens == pytest.approx(0.01 / 300 * 1e6)
+
+
+def test_a_stage_without_answers_is_no_load_point() -> None:
+    with pytest.raises(BadInput, match="no successful request"):
+        read_inference_perf({"s": {"successes": {"count": 0}}}, name="r", model=GPT_OSS, accelerator=H100)
