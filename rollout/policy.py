@@ -35,12 +35,40 @@ class Weights(StrEnum):
 
 
 class RolloutPolicy(Value):
-    approval: Approval = Approval.NEVER
-    approval_timeout_s: Annotated[float, Field(gt=0)] = 86_400.0
-    """One working day for a person to answer."""
-    transfer: TransferSpec = TransferSpec()
-    benchmark: BenchmarkSpec | None = BenchmarkSpec()
-    """None verifies by the smoke suite alone."""
-    objectives: Objectives = Objectives()
-    teardown: Teardown = Teardown.NEVER
-    weights: Weights = Weights.KEEP
+    approval: Approval = Field(
+        Approval.NEVER,
+        description="Whether a person is asked before anything changes: never, on_change (only if the plan changes"
+        " something) or always. The run waits without holding a GPU.",
+        json_schema_extra={"position": 0},
+    )
+    approval_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        86_400.0,
+        description="How long the run waits for the answer; one day by default. Then it ends, and nothing has changed.",
+        json_schema_extra={"position": 1},
+    )
+    teardown: Teardown = Field(
+        Teardown.NEVER,
+        description="When everything that this rollout made is removed again: always (a trial), on_failure or never.",
+        json_schema_extra={"position": 2},
+    )
+    weights: Weights = Field(
+        Weights.KEEP,
+        title="Weights at teardown",
+        description="Keep them for the next rollout, or delete them and our bucket.",
+        json_schema_extra={"position": 3},
+    )
+    objectives: Objectives = Field(
+        Objectives(),
+        description="What the measured figures must reach; a miss fails the rollout.",
+        json_schema_extra={"position": 4},
+    )
+    benchmark: BenchmarkSpec | None = Field(
+        BenchmarkSpec(),
+        description="Load sweep up to saturation; None verifies by the smoke suite alone.",
+        json_schema_extra={"position": 5},
+    )
+    transfer: TransferSpec = Field(
+        TransferSpec(),
+        description="How weights move from Hugging Face to the bucket. The defaults suit every model.",
+        json_schema_extra={"position": 6},
+    )

@@ -9,10 +9,32 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
 
+_UNITS = {
+    "usd_per_hour": "USD per hour",
+    "per_s": "per second",
+    "s": "seconds",
+    "bytes": "bytes",
+    "gib": "GiB",
+    "percent": "%",
+}
+"""Endings of field names that state a unit."""
+
+
+def field_title(name: str, _: object = None) -> str:
+    """`approval_timeout_s` → `Approval timeout (seconds)`: forms and documentation show it where no title is given."""
+    for ending, unit in _UNITS.items():
+        if name.endswith(f"_{ending}"):
+            return f"{field_title(name.removesuffix(f'_{ending}'))} ({unit})"
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
 class Value(BaseModel):
     """Frozen, closed (an unknown field is an error) and hashable by content."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, field_title_generator=field_title
+    )
 
     def digest(self, length: int = 12) -> str:
         """Hex digest of the canonical JSON form: equal values give equal digests in every process."""
