@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-
 _UNITS = {
     "usd_per_hour": "USD per hour",
     "per_s": "per second",
