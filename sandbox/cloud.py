@@ -1,4 +1,4 @@
-"""The whole embedded cloud: hub, storage, Google APIs and a Kubernetes cluster, wired to each other.
+"""The whole embedded cloud: hub, storage, Google APIs, the recommender and a Kubernetes cluster, wired to each other.
 
 Hub and storage move gigabytes, so each is a process of its own; Google's APIs and the cluster share this one, because
 the cluster's node agent asks IAM who a pod is. Bucket, service accounts and policies live under `root` and are found
@@ -17,6 +17,7 @@ from rollout.target import Target
 from sandbox.cluster import KubernetesServer
 from sandbox.google_apis import GoogleApisServer
 from sandbox.processes import Child
+from sandbox.recommender import RecommenderServer
 
 PROJECT = "rehearsal-project"
 REGION = "u-france-east1"
@@ -46,6 +47,7 @@ class EmbeddedCloud:
         self.google = GoogleApisServer(
             root=self.root / "google", project=PROJECT, region=REGION, universe_domain=UNIVERSE_DOMAIN
         ).start()
+        self.recommender = RecommenderServer().start()
         self.kubernetes = KubernetesServer(
             root=self.root / "cluster",
             tls=True,
@@ -57,7 +59,7 @@ class EmbeddedCloud:
         return self
 
     def stop(self) -> None:
-        for server in ("kubernetes", "google"):
+        for server in ("kubernetes", "recommender", "google"):
             if hasattr(self, server):
                 getattr(self, server).stop()
         for child in reversed(self._children):
@@ -88,6 +90,7 @@ class EmbeddedCloud:
                 "endpoints": {
                     "hub": self.hub_url,
                     "storage": self.storage_url,
+                    "gkerecommender": self.recommender.url,
                     **dict.fromkeys(
                         (
                             *("container", "iam", "cloudresourcemanager", "serviceusage"),
