@@ -2,8 +2,9 @@
 
 An HTTP/1.1 client for server-sent events on one selector and non-blocking sockets, instead of an asyncio stack: what a
 load generator spends per token is what limits and distorts it. A read costs one `recv` and a few byte searches; JSON is
-parsed once per answer, after its end. Every piece is stamped with the time at which the selector reported it, not
-with the time at which its turn came, so that 500 simultaneous pieces do not look later the further back they queue.
+parsed once per answer, after its end. On Linux every piece is stamped with the time at which the kernel received it
+(SO_TIMESTAMPNS), so that neither 500 simultaneous pieces nor a busy machine make the server look slower than it is;
+elsewhere, and over TLS, with the time at which the selector reported it.
 
 Understands what OpenAI-compatible servers send: chunked, length-delimited or close-delimited bodies, `data:` events,
 the closing `usage` event. No redirects, no compression, no HTTP/2.
@@ -14,10 +15,13 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import platform
 import resource
 import selectors
 import socket
 import ssl
+import struct
+import sys
 import time
 from array import array
 from collections.abc import Sequence
@@ -33,6 +37,14 @@ _READ_BYTES = 256 * 1024
 _SWEEP_S = 0.25
 """How often timeouts are looked for."""
 _CONNECT_TIMEOUT_S = 30.0
+
+_SO_TIMESTAMPNS = 35
+"""asm-generic/socket.h; Python names it from 3.15 on."""
+_KERNEL_STAMPS = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+_TIMESPEC = struct.Struct("qq")
+_STAMP_SPACE = socket.CMSG_SPACE(_TIMESPEC.size) if _KERNEL_STAMPS else 0
+_STALE_STAMP_S = 60.0
+"""A stamp older than this means that somebody set the clock: the selector's time counts then."""
 
 
 @dataclass(slots=True)
@@ -159,6 +171,8 @@ class StreamLoop:
     _active: set[_Connection] = field(default_factory=set)
     _idle: list[_Connection] = field(default_factory=list)
     _start: float = 0.0
+    _wall_start: float = 0.0
+    """`time.time()` at `_start`: kernel stamps are wall-clock time."""
     _out_of_files: bool = False
 
     def run(self, requests: Sequence[OutgoingRequest], *, duration_s: float) -> StreamsResult:
@@ -175,7 +189,7 @@ class StreamLoop:
         # A collection of a large heap stops the loop for tens of milliseconds; nothing in here makes cycles.
         gc.disable()
         cpu_start = time.thread_time()
-        self._start = time.perf_counter()
+        self._start, self._wall_start = time.perf_counter(), time.time()
         try:
             self._loop(requests, records, prepared, duration_s)
         finally:
@@ -235,6 +249,8 @@ class StreamLoop:
             return None
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if _KERNEL_STAMPS:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         sock.connect_ex(self.endpoint.address)  # its result arrives as writability
         connection = _Connection(sock)
         self._selector.register(sock, selectors.EVENT_WRITE, connection)
@@ -301,9 +317,15 @@ class StreamLoop:
 
     def _read(self, connection: _Connection, now: float) -> None:
         try:
-            data = connection.sock.recv(_READ_BYTES)
             if connection.sock.__class__ is not socket.socket:
+                data = connection.sock.recv(_READ_BYTES)
                 data += _rest(connection.sock)  # decrypted bytes that no selector reports
+            elif _KERNEL_STAMPS:
+                data, ancillary, _, _ = connection.sock.recvmsg(_READ_BYTES, _STAMP_SPACE)
+                if ancillary:
+                    now = self._arrival(ancillary[0][2], now)
+            else:
+                data = connection.sock.recv(_READ_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError):
             return
         except OSError as error:
@@ -322,6 +344,12 @@ class StreamLoop:
             return
         if connection.done:
             self._finish(connection, now)
+
+    def _arrival(self, stamp: bytes, now: float) -> float:
+        """When the kernel received the last bytes of a read, in seconds after the start."""
+        seconds, nanoseconds = _TIMESPEC.unpack(stamp)
+        arrived = seconds - self._wall_start + nanoseconds * 1e-9
+        return arrived if now - _STALE_STAMP_S < arrived < now else now
 
     def _ended_by_peer(self, connection: _Connection, now: float) -> None:
         close_delimited = connection.state is _State.BODY and not connection.chunked and connection.length_left < 0
