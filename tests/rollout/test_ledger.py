@@ -1,0 +1,168 @@
+"""What the records say: what serves, what drifted, what nobody cleaned up."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from rollout.ledger import (
+    APPLY_STEP,
+    EXPIRY_ANNOTATION,
+    Leftover,
+    abandoned,
+    drift,
+    last_applied,
+    serving_now,
+)
+from rollout.model import ModelFile, PinnedModel
+from rollout.objects import MODEL_ANNOTATION
+from rollout.plan import Observation, RolloutPlan, make_plan
+from rollout.policy import RolloutPolicy, Teardown
+from rollout.record import RolloutReport, TeardownReport, Verdict
+from rollout.report import Action, Change, StepReport, StepStatus
+from rollout.serving import ServingSpec
+from rollout.target import Target
+
+MONDAY = datetime(2026, 11, 23, 6, 0, tzinfo=UTC)
+LATER = MONDAY + timedelta(days=5)
+TARGET = Target(name="s3ns", project="my-project", region="u-france-east1", bucket="my-bucket")
+SERVER = "vllm-gemma"
+
+
+def plan_of(commit: str, teardown: Teardown = Teardown.NEVER) -> RolloutPlan:
+    model = PinnedModel(
+        repo_id="google/gemma",
+        revision="main",
+        commit_sha=commit.ljust(40, "0"),
+        files=(ModelFile(path="config.json", size_bytes=1),),
+    )
+    serving = ServingSpec(name=SERVER, served_model_name="gemma")
+    return make_plan(model, serving, TARGET, RolloutPolicy(teardown=teardown), Observation(), [])
+
+
+def record(
+    day: int,
+    commit: str,
+    verdict: Verdict = Verdict.DONE,
+    *,
+    applies: bool = True,
+    teardown: Teardown = Teardown.NEVER,
+    **fields: Any,
+) -> RolloutReport:
+    started = MONDAY + timedelta(days=day)
+    step = StepReport(name=APPLY_STEP, status=StepStatus.DONE, started_at=started, duration_s=1)
+    return RolloutReport(
+        run_id=f"run-{day}",
+        started_at=started,
+        duration_s=60,
+        verdict=verdict,
+        plan=plan_of(commit, teardown),
+        steps=(step,) if applies else (),
+        **fields,
+    )
+
+
+def removal(day: int, *, left: bool = False) -> RolloutReport:
+    """The record of a teardown on its own, which has no plan."""
+    change = Change(action=Action.DELETED, kind="Deployment", name=f"default/{SERVER}")
+    found = TeardownReport(removed=(change,), left=(change,) if left else ())
+    return RolloutReport(run_id=f"run-{day}", started_at=MONDAY + timedelta(days=day), teardown=found)
+
+
+def deployment(commit: str, **annotations: str) -> dict[str, Any]:
+    live = {MODEL_ANNOTATION: f"google/gemma@{commit.ljust(40, '0')}", **annotations}
+    return {"kind": "Deployment", "metadata": {"name": SERVER, "namespace": "default", "annotations": live}}
+
+
+def test_the_newest_applied_rollout_serves_since_the_first_of_its_kind() -> None:
+    serving = serving_now([record(2, "b"), record(0, "a"), record(1, "b", Verdict.OBJECTIVES_MISSED)])[SERVER]
+    assert serving.commit_sha.startswith("b")
+    assert serving.since == MONDAY + timedelta(days=1)
+    assert (serving.run_id, serving.evidence) == ("run-2", Verdict.DONE)
+
+
+@pytest.mark.parametrize("newest", [record(1, "b", Verdict.ROLLED_BACK), record(1, "b", Verdict.FAILED, applies=False)])
+def test_what_was_rolled_back_or_never_applied_does_not_serve(newest: RolloutReport) -> None:
+    assert serving_now([record(0, "a"), newest])[SERVER].commit_sha.startswith("a")
+
+
+def test_after_a_teardown_nothing_serves_until_the_next_rollout() -> None:
+    assert serving_now([record(0, "a"), removal(1)]) == {}
+    assert last_applied([record(0, "a"), removal(1)], SERVER) is None
+    found = last_applied([record(0, "a"), removal(1), record(2, "b")], SERVER)
+    assert found is not None
+    assert found.run_id == "run-2"
+
+
+def test_records_and_cluster_that_agree_show_no_drift() -> None:
+    assert drift(serving_now([record(0, "a")]), [deployment("a")]) == ()
+
+
+@pytest.mark.parametrize(
+    ("records", "manifests", "recorded", "live"),
+    [
+        ([record(0, "a")], [], "google/gemma@a", "nothing"),
+        ([record(0, "a")], [deployment("b")], "google/gemma@a", "google/gemma@b"),
+        ([], [deployment("b")], "nothing", "google/gemma@b"),
+    ],
+)
+def test_drift_is_named_with_what_to_do(
+    records: list[RolloutReport], manifests: list[dict[str, Any]], recorded: str, live: str
+) -> None:
+    (found,) = drift(serving_now(records), manifests)
+    assert found.recorded.startswith(recorded)
+    assert found.live.startswith(live)
+    assert found.what_to_do
+
+
+@pytest.mark.parametrize(
+    ("report", "why"),
+    [
+        (record(0, "a", Verdict.RUNNING, teardown=Teardown.ALWAYS), Leftover.DEAD_TRIAL),
+        (record(0, "a", Verdict.DONE, teardown=Teardown.ALWAYS), Leftover.DEAD_TRIAL),
+        (record(0, "a", Verdict.RUNNING, teardown=Teardown.ON_FAILURE), Leftover.DEAD_TRIAL),
+        (record(0, "a", Verdict.DONE, teardown=Teardown.ON_FAILURE), None),
+        (record(0, "a", Verdict.RUNNING), None),
+        (record(0, "a", Verdict.FAILED), None),
+        (record(0, "a", Verdict.NOT_APPROVED, applies=False, teardown=Teardown.ALWAYS), None),
+    ],
+)
+def test_only_what_the_policy_asks_for_is_abandoned(report: RolloutReport, why: Leftover | None) -> None:
+    found = abandoned([report], [deployment("a")], [], LATER)
+    assert [item.why for item in found] == ([] if why is None else [why])
+
+
+def test_a_run_that_is_alive_or_just_ended_is_left_alone() -> None:
+    trial = record(0, "a", Verdict.RUNNING, teardown=Teardown.ALWAYS)
+    assert abandoned([trial], [], [trial.run_id], LATER) == ()
+    assert abandoned([trial], [], [], MONDAY + timedelta(minutes=5)) == ()
+
+
+def test_a_newer_rollout_of_the_same_server_takes_it_over() -> None:
+    trial = record(0, "a", Verdict.RUNNING, teardown=Teardown.ALWAYS)
+    assert abandoned([trial, record(1, "b")], [deployment("b")], [], LATER) == ()
+
+
+def test_a_teardown_that_left_something_is_finished_and_one_that_did_not_is_over() -> None:
+    unfinished = record(0, "a", teardown=Teardown.ALWAYS).model_copy(
+        update={"teardown": TeardownReport(left=(Change(action=Action.UNCHANGED, kind="Disk", name="d"),))}
+    )
+    assert [item.why for item in abandoned([unfinished], [], [], LATER)] == [Leftover.UNFINISHED_TEARDOWN]
+    trial = record(0, "a", Verdict.RUNNING, teardown=Teardown.ALWAYS)
+    assert abandoned([trial, removal(1)], [], [], LATER) == ()
+
+
+@pytest.mark.parametrize(
+    ("expiry", "expired"),
+    [
+        ((LATER - timedelta(seconds=1)).isoformat(), True),
+        ((LATER + timedelta(seconds=1)).isoformat(), False),
+        ("yesterday", False),
+        ("2020-01-01T00:00:00", False),  # no time zone: not a moment
+    ],
+)
+def test_an_annotation_sets_an_expiry(expiry: str, expired: bool) -> None:
+    found = abandoned([record(0, "a")], [deployment("a", **{EXPIRY_ANNOTATION: expiry})], [], LATER)
+    assert [item.why for item in found] == ([Leftover.EXPIRED] if expired else [])
