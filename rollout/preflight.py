@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 
 from rollout.errors import PreflightFailed
-from rollout.target import ClusterMode, IdentityMode, Target
+from rollout.serving import ServingSpec
+from rollout.target import ClusterMode, IdentityMode, NodePool, Target
 from rollout.values import Value
+from rollout.vllm_flags import InvalidVllmArguments, parse_arguments
+
+BUCKET_LOADING_SINCE = "1.30.2-gke.1394000"
+BUCKET_LOADING_SINCE_1_29 = "1.29.6-gke.1254000"
+"""First GKE versions that load models from Cloud Storage (quickstart)."""
+
+COMPUTE_CLASS_SINCE = "1.30.3-gke.1451000"
+"""https://docs.cloud.google.com/kubernetes-engine/docs/concepts/about-custom-compute-classes"""
+
+AUTO_CREATION_SINCE = "1.33.3-gke.1136000"
+"""From here on a ComputeClass creates node pools in a Standard cluster that has no node auto-provisioning."""
+
+STREAMER_SINCE = (0, 11, 1)
+"""vLLM's first release with the Run:ai Model Streamer for Cloud Storage (quickstart)."""
 
 
 class CheckState(StrEnum):
@@ -142,6 +158,146 @@ def check_gpu_quota(needed: int, limit: float | None, usage: float | None, *, me
         "GPU quota",
         f"the plan needs {needed} GPUs, {free:.0f} are free ({metric} in {region}: {usage:.0f} of {limit:.0f} in use)",
         f"Ask for {needed - free:.0f} more on the Quotas page, or lower replicas.",
+    )
+
+
+def gke_version(text: str) -> tuple[int, ...]:
+    """`1.30.2-gke.1394000` -> (1, 30, 2, 1394000): comparable."""
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+def check_cluster_version(version: str | None, target: Target) -> Check:
+    """Whether the cluster's version, or the one that a new cluster gets, loads models from Cloud Storage."""
+    name = "cluster version"
+    if not version:
+        return unknown(name, f"the versions that {target.region} offers could not be read")
+    needed = BUCKET_LOADING_SINCE_1_29 if gke_version(version) < (1, 30) else BUCKET_LOADING_SINCE
+    if gke_version(version) >= gke_version(needed):
+        return ok(name, f"{version} loads models from Cloud Storage (since {needed})")
+    return failed(
+        name,
+        f"loading from Cloud Storage needs GKE {needed} or newer; this is {version}",
+        f"gcloud container clusters upgrade {target.cluster.name} --location={target.region} --master,"
+        " or let the target name another cluster.",
+    )
+
+
+def check_node_provisioning(
+    serving: ServingSpec,
+    target: Target,
+    *,
+    version: str | None,
+    auto_provisioning: bool,
+    live_pool: NodePool | None = None,
+) -> Check:
+    """Whether somebody will make nodes for the pods: a node pool (Standard), or GKE itself through a ComputeClass.
+
+    `version` is the cluster's; `auto_provisioning` whether the existing cluster has node auto-provisioning;
+    `live_pool` the target's node pool as it is, when it exists.
+    """
+    name, wanted = "nodes for the pods", serving.accelerator
+    cluster = target.cluster
+    pool = live_pool or cluster.node_pool
+    if cluster.mode is ClusterMode.STANDARD and pool is not None:
+        return _check_pool(name, pool, serving)
+    if wanted.compute_class is None:
+        if cluster.mode is ClusterMode.AUTOPILOT:
+            return ok(name, f"Autopilot makes nodes with {wanted.type} by label")
+        return failed(
+            name,
+            f"a Standard cluster makes no {wanted.type} nodes by itself",
+            "Set cluster.node_pool in the target, or serving.accelerator.compute_class.",
+        )
+    since = COMPUTE_CLASS_SINCE
+    if cluster.mode is ClusterMode.STANDARD and not auto_provisioning:
+        since = AUTO_CREATION_SINCE
+    if not version:
+        return unknown(name, f"node creation by ComputeClass needs GKE {since}; the version could not be read")
+    if gke_version(version) < gke_version(since):
+        return failed(
+            name,
+            f"node creation by the ComputeClass {wanted.compute_class} needs GKE {since} or newer; this is {version}",
+            "Upgrade the cluster, or use a Standard cluster with cluster.node_pool.",
+        )
+    return ok(name, f"GKE makes {wanted.machine_type} nodes by the ComputeClass {wanted.compute_class}")
+
+
+def _check_pool(name: str, pool: NodePool, serving: ServingSpec) -> Check:
+    wanted = serving.accelerator
+    if pool.accelerator != wanted.type:
+        return failed(
+            name,
+            f"the node pool {pool.name} has {pool.accelerator or 'no accelerators'}, the model needs {wanted.type}",
+            "Give cluster.node_pool another name and the model's accelerator, or change serving.accelerator.type.",
+        )
+    fitting = pool.accelerator_count // wanted.count
+    if pool.max_nodes * fitting < serving.replicas:
+        return failed(
+            name,
+            f"{serving.replicas} replicas of {wanted.count} GPUs do not fit on {pool.max_nodes} nodes"
+            f" of {pool.accelerator_count}",
+            "Raise cluster.node_pool.max_nodes or accelerator_count (with its machine_type), or lower replicas.",
+        )
+    return ok(name, f"the node pool {pool.name} grows to {pool.max_nodes} × {pool.accelerator_count} {wanted.type}")
+
+
+def check_image(image: str) -> Check:
+    """A tag can move between two pods of one rollout; a digest cannot."""
+    name = "image"
+    if "@sha256:" in image:
+        return ok(name, "pinned by digest")
+    digest = "value(image_summary.fully_qualified_digest)"
+    return warning(
+        name,
+        f"{image} is named by a tag, which can move",
+        f"Pin it: gcloud artifacts docker images describe {image} --format='{digest}'",
+    )
+
+
+def check_vllm_arguments(serving: ServingSpec) -> Check:
+    """Every argument against vLLM's own parser: a wrong flag would cost a node and a crash loop to find."""
+    name = "vLLM arguments"
+    arguments = serving.vllm_args("gs://bucket")[len(serving.entrypoint) :]
+    try:
+        parse_arguments(arguments)
+    except InvalidVllmArguments as error:
+        return failed(name, error.summary, error.resolution)
+    return ok(name, f"vLLM's parser accepts all {len(arguments)}")
+
+
+_VLLM_TAG = re.compile(r"vllm-openai:v(\d+)\.(\d+)\.(\d+)")
+
+
+def check_streamer(serving: ServingSpec) -> Check:
+    """`load_format: runai_streamer` against the release in the image's tag."""
+    name = "weights loading"
+    if serving.load_format != "runai_streamer":
+        return not_applicable(name, "the image loads in its own way")
+    tag = _VLLM_TAG.search(serving.image)
+    if tag is None:
+        return unknown(name, f"{serving.image} does not tell its vLLM release; the streamer needs 0.11.1 or newer")
+    if tuple(int(number) for number in tag.groups()) < STREAMER_SINCE:
+        return failed(
+            name,
+            f"{serving.image} is older than vLLM 0.11.1, which brought the model streamer for Cloud Storage",
+            "Use a newer image, or leave serving.load_format out.",
+        )
+    return ok(name, f"vLLM {tag[0].rpartition('v')[2]} streams from Cloud Storage")
+
+
+def check_hub_token(*, from_hub: bool, secret_named: bool, token_found: bool) -> Check:
+    """The token that pods need when they load from the hub themselves: its Secret is made from the Prefect block."""
+    name = "hub token for the pods"
+    if not from_hub:
+        return not_applicable(name, "the pods load from the bucket")
+    if not secret_named:
+        return warning(name, "the pods load from the hub without a token", "Set hub_token_secret for gated models.")
+    if token_found:
+        return ok(name, "the Secret block holds it")
+    return failed(
+        name,
+        "the Secret block that the target names in hub_token_secret is empty or absent",
+        "prefect block create secret, with the Hugging Face token as its value.",
     )
 
 

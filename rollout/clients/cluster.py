@@ -99,6 +99,14 @@ class Revision(Value):
     """The pod template's, with our provenance."""
 
 
+class NodeRoom(Value):
+    """The nodes that pods may go to, and what is free on them."""
+
+    nodes: int
+    idle_gpus: int
+    """Those that no pod has requested, counted in groups that one pod can have."""
+
+
 class ClusterClient:
     """One namespace of one cluster."""
 
@@ -238,6 +246,20 @@ class ClusterClient:
         """Everything of ours that the target can hold, narrowed by labels, in the order of application."""
         selector = ",".join(f"{key}={value}" for key, value in {MANAGED_BY_LABEL: MANAGER, **(labels or {})}.items())
         return tuple(item for item in self._list_all({"labelSelector": selector}) if self._in_reach(item))
+
+    def gpu_room(self, node_selector: Mapping[str, str], group: int) -> NodeRoom:
+        """The nodes that match, and how many of their GPUs are free in groups of `group` on one node.
+
+        Raises PermissionMissing if the caller may not list nodes or the pods of all namespaces.
+        """
+        selector = ",".join(f"{key}={value}" for key, value in sorted(node_selector.items()))
+        nodes = self.api.get("/api/v1/nodes", {"labelSelector": selector})["items"]
+        free = {node["metadata"]["name"]: _gpus(node["status"].get("allocatable")) for node in nodes}
+        for pod in self.api.get("/api/v1/pods", {})["items"] if free else ():
+            if pod["spec"].get("nodeName") in free and pod["status"].get("phase") in ("Pending", "Running"):
+                containers = pod["spec"]["containers"]
+                free[pod["spec"]["nodeName"]] -= sum(_gpus(each["resources"].get("requests")) for each in containers)
+        return NodeRoom(nodes=len(free), idle_gpus=sum(max(0, gpus) // group * group for gpus in free.values()))
 
     def revisions(self, name: str) -> tuple[Revision, ...]:
         """The revisions of the Deployment `name` that Kubernetes keeps, newest first."""
@@ -391,6 +413,10 @@ class ClusterClient:
             if any(owner["uid"] == uid for owner in item["metadata"].get("ownerReferences") or [])
         ]
         return sorted(owned, key=_revision_number, reverse=True)
+
+
+def _gpus(amounts: Mapping[str, str] | None) -> int:
+    return int((amounts or {}).get("nvidia.com/gpu", 0))
 
 
 def _revision_number(replica_set: KubernetesObject) -> int:

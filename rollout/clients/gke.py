@@ -81,6 +81,8 @@ class NodePoolInfo(Value):
     accelerator_count: int = 0
     is_spot: bool = False
     boot_disk_gib: int = 0
+    max_nodes: int = 0
+    """Upper bound of its autoscaling; 0 without."""
 
 
 class ClusterInfo(Value):
@@ -94,6 +96,8 @@ class ClusterInfo(Value):
     release_channel: str
     workload_pool: str
     """Empty without Workload Identity."""
+    node_auto_provisioning: bool = False
+    """Whether GKE may create node pools by itself; Autopilot always does."""
     labels: dict[str, str] = {}
     node_pools: tuple[NodePoolInfo, ...] = ()
     logging: tuple[str, ...] = ()
@@ -504,6 +508,7 @@ def _cluster_info(cluster: types.Cluster) -> ClusterInfo:
         version=cluster.current_master_version,
         release_channel=cluster.release_channel.channel.name.lower(),
         workload_pool=cluster.workload_identity_config.workload_pool,
+        node_auto_provisioning=cluster.autopilot.enabled or cluster.autoscaling.enable_node_autoprovisioning,
         labels=dict(cluster.resource_labels),
         node_pools=tuple(_pool_info(pool) for pool in cluster.node_pools),
         logging=tuple(component.name for component in cluster.logging_config.component_config.enable_components),
@@ -524,4 +529,5 @@ def _pool_info(pool: types.NodePool) -> NodePoolInfo:
         accelerator_count=accelerator.accelerator_count if accelerator else 0,
         is_spot=pool.config.spot,
         boot_disk_gib=pool.config.disk_size_gb,
+        max_nodes=pool.autoscaling.total_max_node_count or pool.autoscaling.max_node_count * len(pool.locations),
     )

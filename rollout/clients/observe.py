@@ -9,7 +9,8 @@ from typing import Any
 
 from rollout import preflight
 from rollout.accelerators import AcceleratorKind, accelerator
-from rollout.clients.cluster import ClusterClient
+from rollout.capacity import GpuRoom, check_surge, gpus_per_node
+from rollout.clients.cluster import ApplyPreview, ClusterClient, NodeRoom
 from rollout.clients.compute import Compute
 from rollout.clients.gke import ClusterInfo, Gke
 from rollout.clients.hub import HubClient
@@ -27,12 +28,15 @@ from rollout.clients.transfer import read_provenance
 from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
 from rollout.fit import check_context_window, check_ephemeral_storage, check_memory
 from rollout.model import PinnedModel
-from rollout.objects import WeightsSource
+from rollout.objects import WeightsSource, uses_compute_class
 from rollout.plan import Observation
 from rollout.preflight import Check
 from rollout.rendering import KubernetesObject
 from rollout.serving import ServingSpec
-from rollout.target import ClusterMode, IdentityMode, Target
+from rollout.target import ClusterMode, IdentityMode, NodePool, Target
+
+WEIGHTS_SOURCE = WeightsSource.BUCKET
+"""Where the pods of a rollout load from: what it has put there itself, and proven."""
 
 _CONFIG_LIMIT_BYTES = 4 * 2**20
 """A config.json has a few kilobytes."""
@@ -76,15 +80,18 @@ def observe(
     observer.checks.append(
         preflight.ok("Hugging Face access", f"{model.repo_id}@{model.short_sha}: {len(model.files)} files may be read")
     )
+    _check_spec(observer, serving, hub_token)
     _observe_bucket(observer, model)
-    cluster = None
-    if target.cluster.mode is not ClusterMode.KUBECONFIG:
+    if target.cluster.mode is ClusterMode.KUBECONFIG:
+        _observe_objects(observer, objects)
+    else:
         _observe_project(observer)
         cluster = _observe_cluster(observer)
+        _check_provisioning(observer, serving, cluster)
         _observe_identity(observer)
-        _observe_accelerator(observer, serving)
+        preview = _observe_objects(observer, objects) if cluster is not None else None
+        _observe_accelerator(observer, serving, objects, preview)
         _check_permissions(observer)
-    _observe_objects(observer, objects, reachable=cluster is not None or target.cluster.mode is ClusterMode.KUBECONFIG)
     _check_fit(observer, model, serving, hub_token)
     return Observation(**observer.found, checks=tuple(observer.checks))
 
@@ -178,7 +185,48 @@ def _observe_identity(observer: _Observer) -> None:
             observer.found["reader_bound"] = bound
 
 
-def _observe_accelerator(observer: _Observer, serving: ServingSpec) -> None:
+def _check_provisioning(observer: _Observer, serving: ServingSpec, cluster: ClusterInfo | None) -> None:
+    """What the cluster, or the one that will be made, can do: its version, and who makes the nodes."""
+    target = observer.target
+    version = cluster.version if cluster else observer.optional(lambda: _version_to_come(target))
+    observer.checks.append(preflight.check_cluster_version(version, target))
+    observer.checks.append(
+        preflight.check_node_provisioning(
+            serving,
+            target,
+            version=version,
+            auto_provisioning=cluster is not None and cluster.node_auto_provisioning,
+            live_pool=_live_pool(target, cluster),
+        )
+    )
+
+
+def _version_to_come(target: Target) -> str | None:
+    """What a new cluster of the target's release channel starts with."""
+    return next(iter(Gke(target).server_versions().by_channel.get(target.cluster.release_channel, ())), None)
+
+
+def _live_pool(target: Target, cluster: ClusterInfo | None) -> NodePool | None:
+    """The target's node pool as it is: it is adopted, so what the target says of it does not count."""
+    wanted = target.cluster.node_pool
+    found = (
+        next((pool for pool in cluster.node_pools if wanted and pool.name == wanted.name), None) if cluster else None
+    )
+    if wanted is None or found is None:
+        return None
+    return wanted.model_copy(
+        update={
+            "accelerator": found.accelerator,
+            "accelerator_count": found.accelerator_count,
+            "max_nodes": found.max_nodes or wanted.max_nodes,
+        }
+    )
+
+
+def _observe_accelerator(
+    observer: _Observer, serving: ServingSpec, objects: Sequence[KubernetesObject], preview: ApplyPreview | None
+) -> None:
+    """Whether the region has the accelerator, and room for the pods: on nodes, in the quota, in the node pool."""
     target, wanted = observer.target, serving.accelerator
     kind = accelerator(wanted.type)
     compute = Compute(target)
@@ -186,17 +234,39 @@ def _observe_accelerator(observer: _Observer, serving: ServingSpec) -> None:
     observer.checks.append(preflight.check_region_accelerator(wanted.type, offered, target.region))
     if kind.kind is AcceleratorKind.TPU:
         return
-    quotas = observer.optional(compute.quotas) or {}
-    quota = quotas.get(kind.quota_metric)
+    quota = (observer.optional(compute.quotas) or {}).get(kind.quota_metric)
+    deployment = next(manifest for manifest in objects if manifest["kind"] == "Deployment")
+    running, there = 0, NodeRoom(nodes=0, idle_gpus=0)
+    if preview is not None:
+        client = ClusterClient.connect(target)
+        live = client.find(deployment)
+        running = live["spec"]["replicas"] if live else 0
+        selector = deployment["spec"]["template"]["spec"]["nodeSelector"]
+        there = observer.optional(lambda: client.gpu_room(selector, wanted.count)) or there
+    pool = None if uses_compute_class(serving, target) else target.cluster.node_pool
+    room = GpuRoom(
+        gpus_per_node=gpus_per_node(serving, target),
+        idle_gpus=there.idle_gpus,
+        free_quota=quota and quota.free,
+        more_nodes=max(0, pool.max_nodes - there.nodes) if pool else None,
+    )
+    new_nodes = room.new_nodes(max(0, serving.replicas - running), wanted.count)
     observer.checks.append(
         preflight.check_gpu_quota(
-            wanted.count * serving.replicas,
+            new_nodes * room.gpus_per_node,
             quota and quota.limit,
             quota and quota.usage,
             metric=kind.quota_metric,
             region=target.region,
         )
     )
+    replaced = any(
+        field.path.startswith(".spec.template")
+        for diff in (preview.diffs if preview else ())
+        if diff.kind == "Deployment"
+        for field in diff.fields
+    )
+    observer.checks.append(check_surge(serving, room, replaces_pods=replaced))
 
 
 def _check_permissions(observer: _Observer) -> None:
@@ -210,14 +280,29 @@ def _check_permissions(observer: _Observer) -> None:
         observer.checks.append(preflight.check_permissions(required, granted, observer.target))
 
 
-def _observe_objects(observer: _Observer, objects: Sequence[KubernetesObject], *, reachable: bool) -> None:
-    if not reachable:
-        return
+def _observe_objects(observer: _Observer, objects: Sequence[KubernetesObject]) -> ApplyPreview | None:
+    """The server's dry run of everything; None if it refused."""
     with observer.asking("manifests"):
         preview = ClusterClient.connect(observer.target).preview(objects)
         observer.found["object_changes"] = preview.changes
         observer.found["object_diff"] = preview.markdown
         observer.checks.append(preflight.ok("manifests", f"{len(objects)} objects pass a server-side dry run"))
+        return preview
+    return None
+
+
+def _check_spec(observer: _Observer, serving: ServingSpec, hub_token: str | None) -> None:
+    """What the serving spec says about itself; nothing is asked."""
+    observer.checks += [
+        preflight.check_vllm_arguments(serving),
+        preflight.check_image(serving.image),
+        preflight.check_streamer(serving),
+        preflight.check_hub_token(
+            from_hub=WEIGHTS_SOURCE is WeightsSource.HUB,
+            secret_named=observer.target.hub_token_secret is not None,
+            token_found=bool(hub_token),
+        ),
+    ]
 
 
 def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hub_token: str | None) -> None:
@@ -227,7 +312,7 @@ def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hu
     observer.checks.append(check_memory(weights_bytes, config, serving, accelerator(serving.accelerator.type)))
     observer.checks.append(check_context_window(config, serving))
     observer.checks.append(
-        check_ephemeral_storage(weights_bytes, serving, cached_on_disk=caches_on_disk(serving, WeightsSource.BUCKET))
+        check_ephemeral_storage(weights_bytes, serving, cached_on_disk=caches_on_disk(serving, WEIGHTS_SOURCE))
     )
 
 

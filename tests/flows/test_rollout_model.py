@@ -111,13 +111,21 @@ def test_a_trial_is_torn_down_by_its_policy(stage: Stage) -> None:
 
 
 def test_a_failed_start_is_diagnosed_and_torn_down(stage: Stage) -> None:
-    stage.write_model(extra_args=["--no-such-flag"])
-    with pytest.raises((StartupFailed, BadInput), match="no-such-flag"):
+    stage.write_model(image="example.com/no-such-image:1")
+    with pytest.raises(StartupFailed, match="no-such-image"):
         rollout_model(stage.request(teardown=Teardown.ON_FAILURE), report_file=str(stage.report_file))
     record = read(stage.report_file)
     assert record["verdict"] == "failed"
-    assert "no-such-flag" in record["error"]
+    assert "no-such-image" in record["error"]
     assert Gke(stage.target).get() is None
+
+
+def test_a_wrong_flag_ends_in_the_preflight_with_the_nearest_one(stage: Stage) -> None:
+    stage.write_model(extra_args=["--enforce-eagre"])
+    with pytest.raises(PreflightFailed, match="--enforce-eager"):
+        rollout_model(stage.request())
+    nothing_was_made(stage)
+    assert not StorageClient(stage.target).bucket_exists()
 
 
 def test_two_models_share_a_target_and_one_survives_the_others_teardown(stage: Stage) -> None:

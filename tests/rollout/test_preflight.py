@@ -2,18 +2,26 @@ import pytest
 
 from rollout.errors import PreflightFailed
 from rollout.preflight import (
+    AUTO_CREATION_SINCE,
     CheckState,
     check_billing,
+    check_cluster_version,
     check_gpu_quota,
+    check_hub_token,
+    check_image,
+    check_node_provisioning,
     check_permissions,
     check_region_accelerator,
     check_services,
+    check_streamer,
+    check_vllm_arguments,
     ok,
     require,
     required_permissions,
     required_services,
 )
-from rollout.target import Cluster, ClusterMode, IdentityMode, Target
+from rollout.serving import Accelerator, ServingSpec
+from rollout.target import Cluster, ClusterMode, IdentityMode, NodePool, Target
 
 TARGET = Target.model_validate(
     {
@@ -24,6 +32,8 @@ TARGET = Target.model_validate(
         "universe": {"domain": "s3nsapis.fr"},
     }
 )
+SERVING = ServingSpec(served_model_name="m")
+BY_LABEL = SERVING.model_copy(update={"accelerator": Accelerator(compute_class=None)})
 
 
 def test_disabled_apis_come_with_the_command_that_enables_them() -> None:
@@ -84,3 +94,103 @@ def test_all_failures_are_shown_at_once() -> None:
     with pytest.raises(PreflightFailed, match=r"billing.*permissions"):
         require(checks)
     require(checks[:1])
+
+
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [
+        ("1.28.9-gke.1000000", CheckState.FAILED),
+        ("1.29.6-gke.1253999", CheckState.FAILED),
+        ("1.29.6-gke.1254000", CheckState.OK),
+        ("1.30.1-gke.1999999", CheckState.FAILED),
+        ("1.30.2-gke.1394000", CheckState.OK),
+        ("1.36.1-gke.1182000", CheckState.OK),
+        (None, CheckState.UNKNOWN),
+        ("", CheckState.UNKNOWN),
+    ],
+)
+def test_loading_from_cloud_storage_needs_a_cluster_of_the_quickstarts_versions(
+    version: str | None, state: CheckState
+) -> None:
+    assert check_cluster_version(version, TARGET).state is state
+
+
+def standard(pool: NodePool | None = None) -> Target:
+    return TARGET.model_copy(update={"cluster": Cluster(mode=ClusterMode.STANDARD, node_pool=pool)})
+
+
+@pytest.mark.parametrize(
+    ("serving", "target", "version", "auto_provisioning", "state"),
+    [
+        (SERVING, TARGET, "1.36.1-gke.1", True, CheckState.OK),
+        (SERVING, TARGET, "1.30.3-gke.1450999", True, CheckState.FAILED),
+        (SERVING, TARGET, None, False, CheckState.UNKNOWN),
+        (BY_LABEL, TARGET, None, False, CheckState.OK),
+        (BY_LABEL, standard(), "1.36.1-gke.1", False, CheckState.FAILED),
+        (SERVING, standard(), "1.33.3-gke.1135999", False, CheckState.FAILED),
+        (SERVING, standard(), "1.33.3-gke.1135999", True, CheckState.OK),
+        (SERVING, standard(), AUTO_CREATION_SINCE, False, CheckState.OK),
+        (SERVING, standard(NodePool()), None, False, CheckState.OK),
+        (SERVING, standard(NodePool(accelerator="nvidia-l4")), None, False, CheckState.FAILED),
+        (SERVING.model_copy(update={"replicas": 3}), standard(NodePool(max_nodes=2)), None, False, CheckState.FAILED),
+    ],
+)
+def test_somebody_must_make_the_nodes(
+    serving: ServingSpec, target: Target, version: str | None, auto_provisioning: bool, state: CheckState
+) -> None:
+    check = check_node_provisioning(serving, target, version=version, auto_provisioning=auto_provisioning)
+    assert check.state is state
+
+
+def test_a_node_pool_that_exists_counts_as_it_is() -> None:
+    live = NodePool(accelerator="nvidia-l4")
+    check = check_node_provisioning(
+        SERVING, standard(NodePool()), version=None, auto_provisioning=False, live_pool=live
+    )
+    assert check.state is CheckState.FAILED
+    assert "nvidia-l4" in check.why
+
+
+def test_an_image_named_by_a_tag_is_a_warning_with_the_command_that_finds_its_digest() -> None:
+    assert check_image("vllm/vllm-openai@sha256:" + "0" * 64).state is CheckState.OK
+    check = check_image("vllm/vllm-openai:latest")
+    assert check.state is CheckState.WARNING
+    assert "gcloud artifacts docker images describe vllm/vllm-openai:latest" in check.resolution
+
+
+def test_a_wrong_flag_fails_with_its_nearest() -> None:
+    assert check_vllm_arguments(SERVING).state is CheckState.OK
+    check = check_vllm_arguments(SERVING.model_copy(update={"extra_args": ("--max-num-seq=8", "--enforce-eagre")}))
+    assert check.state is CheckState.FAILED
+    assert "--enforce-eager" in check.resolution
+    assert check_vllm_arguments(SERVING.model_copy(update={"extra_args": ("--block-size=x",)})).state is (
+        CheckState.FAILED
+    )
+
+
+@pytest.mark.parametrize(
+    ("load_format", "image", "state"),
+    [
+        (None, "vllm/vllm-openai:v0.9.0", CheckState.NOT_APPLICABLE),
+        ("runai_streamer", "vllm/vllm-openai:v0.11.0", CheckState.FAILED),
+        ("runai_streamer", "vllm/vllm-openai:v0.11.1", CheckState.OK),
+        ("runai_streamer", "example.com/own-image:1", CheckState.UNKNOWN),
+    ],
+)
+def test_the_model_streamer_needs_a_release_that_has_it(load_format: str | None, image: str, state: CheckState) -> None:
+    assert check_streamer(SERVING.model_copy(update={"load_format": load_format, "image": image})).state is state
+
+
+@pytest.mark.parametrize(
+    ("from_hub", "secret_named", "token_found", "state"),
+    [
+        (False, False, False, CheckState.NOT_APPLICABLE),
+        (True, False, False, CheckState.WARNING),
+        (True, True, True, CheckState.OK),
+        (True, True, False, CheckState.FAILED),
+    ],
+)
+def test_pods_that_load_from_the_hub_need_its_token(
+    from_hub: bool, secret_named: bool, token_found: bool, state: CheckState
+) -> None:
+    assert check_hub_token(from_hub=from_hub, secret_named=secret_named, token_found=token_found).state is state
