@@ -98,6 +98,25 @@ def last_applied(records: Iterable[RolloutReport], instance: str) -> RolloutRepo
     return found
 
 
+def still_owned(records: Iterable[RolloutReport]) -> frozenset[tuple[str, str]]:
+    """(kind, name) of what rollouts created and no later teardown removed: what a teardown may remove.
+
+    A teardown settles what earlier runs made, also those that were killed. What it kept stays in the ledger: another
+    model uses it, or the policy keeps it for now.
+    """
+    made: dict[tuple[str, str], datetime] = {}
+    gone: dict[tuple[str, str], datetime] = {}
+    for report in records:
+        for thing in report.created:
+            made[thing] = max(report.started_at, made.get(thing, report.started_at))
+        # A teardown may continue an old record: what counts is when it ended.
+        ended_at = report.started_at + timedelta(seconds=report.duration_s)
+        for change in report.teardown.removed if report.teardown else ():
+            thing = (change.kind, change.name)
+            gone[thing] = max(ended_at, gone.get(thing, ended_at))
+    return frozenset(thing for thing, made_at in made.items() if thing not in gone or made_at > gone[thing])
+
+
 def drift(live: Mapping[str, Serving], manifests: Iterable[Mapping[str, Any]]) -> tuple[Drift, ...]:
     """Where records and cluster disagree: other weights, another rollout, a server that is missing or unknown."""
     deployments = {m["metadata"]["name"]: m for m in manifests if m["kind"] == "Deployment"}

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rollout.catalog import explain
 from rollout.clients.storage import StorageClient
 from rollout.errors import BadInput
+from rollout.ledger import still_owned
 from rollout.record import RECORDS_PREFIX, RolloutReport, Verdict
 from rollout.target import Target
 
@@ -78,9 +79,8 @@ class RecordStore:
         return good[-1] if good else None
 
     def owned(self) -> frozenset[tuple[str, str]]:
-        """(kind, name) of everything that rollouts to this target created and no teardown has proven gone."""
-        records = [record for record in self.read_all() if record.teardown is None or record.teardown.left]
-        return frozenset().union(*(record.created for record in records))
+        """(kind, name) of everything that rollouts to this target created and no teardown has removed since."""
+        return still_owned(self.read_all())
 
 
 def _name(report: RolloutReport) -> str:
