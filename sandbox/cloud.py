@@ -7,7 +7,10 @@ again by the next start; the cluster's objects end with the process.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +18,7 @@ import yaml
 
 from rollout.target import Target
 from sandbox.cluster import KubernetesServer
+from sandbox.cluster.nodes import ACCELERATOR_LABEL, gpus_of
 from sandbox.google_apis import GoogleApisServer
 from sandbox.processes import Child
 from sandbox.recommender import RecommenderServer
@@ -22,6 +26,9 @@ from sandbox.recommender import RecommenderServer
 PROJECT = "rehearsal-project"
 REGION = "u-france-east1"
 UNIVERSE_DOMAIN = "s3nsapis.fr"
+FOREIGN_BUCKET = "somebody-elses-bucket"
+"""A name that another project has taken."""
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 READY_TIMEOUT_S = 120.0
 
@@ -33,6 +40,8 @@ class EmbeddedCloud:
         self.root = root
         self._cluster_settings = cluster_settings
         self._children: list[Child] = []
+        # Cluster and control plane tell each other of nodes through it: neither waits for the other's lock.
+        self._books = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodes")
 
     @property
     def hub_root(self) -> Path:
@@ -41,7 +50,15 @@ class EmbeddedCloud:
 
     def start(self) -> Self:
         hub = self._child("sandbox.hub", "--root", str(self.hub_root))
-        storage = self._child("sandbox.storage", "--root", str(self.root / "storage"), "--project", PROJECT)
+        storage_options = (
+            "--root",
+            str(self.root / "storage"),
+            "--project",
+            PROJECT,
+            "--foreign-bucket",
+            FOREIGN_BUCKET,
+        )
+        storage = self._child("sandbox.storage", *storage_options)
         self.hub_url: str = hub.ready_line(READY_TIMEOUT_S)["url"]
         self.storage_url: str = storage.ready_line(READY_TIMEOUT_S)["url"]
         self.google = GoogleApisServer(
@@ -52,6 +69,7 @@ class EmbeddedCloud:
             root=self.root / "cluster",
             tls=True,
             identity_of=self.google.workload_identity,
+            on_node=self._book_node,
             environment={"STORAGE_EMULATOR_HOST": self.storage_url, "HF_ENDPOINT": self.hub_url},
             **self._cluster_settings,
         ).start()
@@ -64,6 +82,24 @@ class EmbeddedCloud:
                 getattr(self, server).stop()
         for child in reversed(self._children):
             child.stop()
+        self._books.shutdown(cancel_futures=True)
+
+    def _book_node(self, event: str, node: dict[str, Any]) -> None:
+        """Node pools, disks and quota follow the nodes that pods make boot."""
+        name, labels = node["metadata"]["name"], node["metadata"]["labels"]
+        if event == "DELETED":
+            self._book(self.google.remove_node, name)
+            return
+        machine = {
+            "machine_type": labels["node.kubernetes.io/instance-type"],
+            "accelerator": labels.get(ACCELERATOR_LABEL, ""),
+            "gpus": gpus_of(node),
+        }
+        self._book(self.google.boot_node, name, **machine)
+
+    def _book(self, note: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # after the end nobody keeps books
+            self._books.submit(note, *arguments, **options)
 
     def __enter__(self) -> Self:
         return self.start()

@@ -73,7 +73,7 @@ def tiny_model(folder: Path, *, shards: int = 2, seed: int = 0) -> Path:
         "num_attention_heads": 2,
         "num_hidden_layers": layers,
         "num_key_value_heads": 1,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,

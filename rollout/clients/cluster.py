@@ -17,7 +17,7 @@ from google.auth.transport.requests import Request
 from kubernetes.client import ApiClient, Configuration
 from kubernetes.config import ConfigException, new_client_from_config
 
-from rollout.clients.cluster_api import ClusterApi, Snapshot
+from rollout.clients.cluster_api import ATTEMPTS, ClusterApi, Snapshot
 from rollout.clients.cluster_wait import LogLine, Progress, StartupWait, WaitReport, follow_deployment_logs
 from rollout.clients.gke import Gke
 from rollout.clients.google_auth import credentials_for, google_errors
@@ -115,15 +115,18 @@ class ClusterClient:
         self.target = target
 
     @classmethod
-    def connect(cls, target: Target) -> Self:
+    def connect(cls, target: Target, *, attempts: int = ATTEMPTS) -> Self:
         """Reach the target's cluster: through GKE's API, or by a kubeconfig context.
+
+        `attempts` bounds how often each request is tried while the API server does not answer: the default outlasts an
+        API server that is away for a minute.
 
         Raises NotFound if GKE has no such cluster, BadInput for a kubeconfig that does not help, PermissionMissing, and
         ClusterUnreachable.
         """
         if target.cluster.mode is ClusterMode.KUBECONFIG:
-            return cls(ClusterApi(_client_from_kubeconfig(target)), target)
-        return cls(ClusterApi(_client_from_gke(target)), target)
+            return cls(ClusterApi(_client_from_kubeconfig(target), attempts=attempts), target)
+        return cls(ClusterApi(_client_from_gke(target), attempts=attempts), target)
 
     # --- Changing -----------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,9 @@ WEIGHTS_SOURCE = WeightsSource.BUCKET
 _CONFIG_LIMIT_BYTES = 4 * 2**20
 """A config.json has a few kilobytes."""
 
+LOOK_ATTEMPTS = 3
+"""Somebody waits for the plan: an API server that does not answer within seconds is a finding, not a reason to wait."""
+
 
 class _Observer:
     """Collects what is there; a refusal of one API becomes a failed check instead of hiding the others."""
@@ -57,7 +60,8 @@ class _Observer:
         except TransientError:
             raise
         except RolloutError as error:
-            self.checks.append(preflight.failed(name, error.summary, error.resolution))
+            why = f"{error.where}: {error.summary}" if error.where else error.summary
+            self.checks.append(preflight.failed(name, why, error.resolution))
 
     def optional(self, ask: Callable[[], Any]) -> Any:
         """The answer, or None where the caller may not ask: the check then says unknown."""
@@ -283,7 +287,7 @@ def _check_permissions(observer: _Observer) -> None:
 def _observe_objects(observer: _Observer, objects: Sequence[KubernetesObject]) -> ApplyPreview | None:
     """The server's dry run of everything; None if it refused."""
     with observer.asking("manifests"):
-        preview = ClusterClient.connect(observer.target).preview(objects)
+        preview = ClusterClient.connect(observer.target, attempts=LOOK_ATTEMPTS).preview(objects)
         observer.found["object_changes"] = preview.changes
         observer.found["object_diff"] = preview.markdown
         observer.checks.append(preflight.ok("manifests", f"{len(objects)} objects pass a server-side dry run"))

@@ -25,6 +25,7 @@ from rollout.errors import (
 from rollout.policy import Teardown, Weights
 from rollout.record import RolloutReport, Verdict
 from rollout.report import Action, StepStatus
+from sandbox.cloud import FOREIGN_BUCKET
 from sandbox.hub_store import HubStore
 from sandbox.models import remove_shard, tiny_model
 from tests.flows.conftest import Stage
@@ -196,11 +197,10 @@ def test_a_name_that_kubernetes_refuses_is_refused_before_it_is_asked(stage: Sta
 
 
 def test_a_bucket_of_somebody_else_fails_the_preflight(stage: Stage) -> None:
-    target = stage.write_target(bucket="somebody-elses-bucket")
-    with pytest.raises((PreflightFailed, BucketNotOurs), match="somebody-elses-bucket"):
+    stage.write_target(bucket=FOREIGN_BUCKET)
+    with pytest.raises((PreflightFailed, BucketNotOurs), match=FOREIGN_BUCKET):
         rollout_model(stage.request())
     nothing_was_made(stage)
-    assert target.bucket == "somebody-elses-bucket"
 
 
 def test_an_unreachable_cluster_is_one_error_that_says_where(stage: Stage) -> None:
@@ -211,6 +211,6 @@ def test_an_unreachable_cluster_is_one_error_that_says_where(stage: Stage) -> No
         "clusters: [{name: away, cluster: {server: 'https://127.0.0.1:9'}}]\nusers: [{name: nobody, user: {}}]\n"
     )
     stage.write_target(cluster={"mode": "kubeconfig", "kubeconfig": str(kubeconfig), "context": "away"})
-    with pytest.raises((PreflightFailed, BadInput), match=r"127\.0\.0\.1:9"):
+    with pytest.raises((PreflightFailed, BadInput), match=r"does not answer.*127\.0\.0\.1.*port=9"):
         rollout_model(stage.request())
     assert not StorageClient(stage.target).bucket_exists()
