@@ -8,9 +8,10 @@ again by the next start; the cluster's objects end with the process.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ FOREIGN_BUCKET = "somebody-elses-bucket"
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 READY_TIMEOUT_S = 120.0
+logger = logging.getLogger(__name__)
 
 
 class EmbeddedCloud:
@@ -99,7 +101,7 @@ class EmbeddedCloud:
 
     def _book(self, note: Callable[..., None], *arguments: Any, **options: Any) -> None:
         with contextlib.suppress(RuntimeError):  # after the end nobody keeps books
-            self._books.submit(note, *arguments, **options)
+            self._books.submit(note, *arguments, **options).add_done_callback(_report_failure)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -147,3 +149,8 @@ class EmbeddedCloud:
         child = Child([sys.executable, "-m", module, *arguments], log=log, cwd=CHECKOUT)
         self._children.append(child)
         return child
+
+
+def _report_failure(booked: Future[None]) -> None:
+    if not booked.cancelled() and (error := booked.exception()) is not None:
+        logger.error("the books of the nodes are wrong", exc_info=error)

@@ -116,9 +116,10 @@ class NodeAgents:
         workers = [worker for worker in self._workers.values() if worker.node == name]
         for worker in workers:
             worker.vanish()
-        asyncio.get_running_loop().call_later(self.settings.node_loss_s, self._remove_node, name)
+        asyncio.get_running_loop().call_later(self.settings.node_loss_s, self.remove_node, name)
 
-    def _remove_node(self, name: str) -> None:
+    def remove_node(self, name: str) -> None:
+        """A node and its pods go at once."""
         node = self.store.get(NODE, "", name)
         if node is not None:
             self.registry.delete(NODE, node, Deletion())

@@ -237,9 +237,10 @@ class Container:
         self._id = hashlib.sha256(uuid.uuid4().bytes).hexdigest()
         self._tell(NORMAL, "Created", f"Created container: {self.name}")
         self._killed_by_us = False
+        # Every image has the usual Unix tools: a container that only waits needs none of what plays the image.
+        words = arguments if arguments[:1] == ["sleep"] else [*command, *arguments]
         self._process = await asyncio.create_subprocess_exec(
-            *command,
-            *arguments,
+            *words,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -32,7 +32,7 @@ from sandbox.cluster.nodes import Machine, NodePlan, NodePool, NodeSettings
 from sandbox.cluster.registry import Registry, Writer
 from sandbox.cluster.resources import CRD, CUSTOM, NAMESPACE, NODE, POD, definition
 from sandbox.cluster.scheduler import NodeRemover, Scheduler
-from sandbox.cluster.store import Store
+from sandbox.cluster.store import Change, Store
 from sandbox.cluster.tls import make_authority
 from sandbox.server import LoopbackServer
 
@@ -93,6 +93,7 @@ class KubernetesServer(LoopbackServer):
 
     `root` holds logs and keys. `runners` maps image prefixes to commands beside (or instead of) the vLLM images, that
     the engine plays. `identity_of` tells which IAM member a pod is. `environment` goes into every container.
+    `on_node` is told of every node that comes ("ADDED") or goes ("DELETED"), in the server's loop.
     `token` is the only accepted bearer token when it is given. Settings of nodes and agents may be changed later
     through `nodes` and `agent_settings`.
     """
@@ -108,6 +109,7 @@ class KubernetesServer(LoopbackServer):
         identity_of: IdentityOf | None = None,
         environment: Mapping[str, str] | None = None,
         nodes: NodeSettings | None = None,
+        on_node: Callable[[str, dict[str, Any]], None] | None = None,
         image_pull_s: float = 0.5,
         backoff_s: float = 1.0,
         longest_probe_period_s: float = 1.0,
@@ -119,6 +121,7 @@ class KubernetesServer(LoopbackServer):
         self.token = token
         self.faults = Faults()
         self.nodes = nodes if nodes is not None else NodeSettings()
+        self._on_node = on_node
         self.agent_settings = AgentSettings(
             root=root,
             runners={**dict.fromkeys(VLLM_IMAGES, ENGINE_COMMAND), **(runners or {})},
@@ -141,6 +144,8 @@ class KubernetesServer(LoopbackServer):
     def build_app(self) -> web.Application:
         self._store = Store()
         self._registry = Registry(self._store)
+        if self._on_node is not None:
+            self._store.listen(self._tell_of_nodes)
         recorder = Recorder(self._store)
         self._pool = NodePool(self._store, self.nodes)
         self._agents = NodeAgents(self._registry, recorder, self.agent_settings)
@@ -248,6 +253,20 @@ class KubernetesServer(LoopbackServer):
 
     def allow_pulls(self, image_prefix: str) -> None:
         self.agent_settings.failing_pulls.pop(image_prefix, None)
+
+    def remove_nodes(self, names: Sequence[str]) -> None:
+        """Machines are taken away, as when their cluster is deleted: nodes and pods go at once."""
+
+        def remove() -> None:
+            for name in names:
+                self._agents.remove_node(name)
+
+        self._in_loop(remove)
+
+    def _tell_of_nodes(self, change: Change) -> None:
+        assert self._on_node is not None
+        if change.resource == NODE and change.type in ("ADDED", "DELETED"):
+            self._on_node(change.type, change.obj)
 
     def lose_node(self, name: str) -> None:
         """The machine dies: its containers stop, and a little later the node and its pods are removed."""

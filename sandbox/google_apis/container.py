@@ -13,6 +13,7 @@ import base64
 import hashlib
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from google.cloud import container_v1
@@ -39,6 +40,9 @@ _UPDATES = {
 }
 _ONE_UPDATE = frozenset({"desiredLoggingConfig", "desiredMonitoringConfig"})
 """What may come in one request; everything else comes alone."""
+
+_AUTO_CREATED = "nap-"
+"""How GKE begins the names of node pools that it creates by itself."""
 
 _CANCELLED, _RESOURCE_EXHAUSTED = 1, 8
 """Codes of google.rpc.Code that operations end with."""
@@ -70,6 +74,8 @@ class Container:
         self.kubernetes_endpoint = kubernetes_endpoint
         self.kubernetes_ca_pem = kubernetes_ca_pem
         self.next_failure: str | None = None
+        self.on_nodes_gone: Callable[[list[str]], None] = lambda _: None
+        """Told the names of the nodes that ended with their cluster. Must not block."""
 
     def routes(self) -> list[Route]:
         location = "projects/{project}/locations/{location}"
@@ -117,7 +123,9 @@ class Container:
             self._mark_failed(operation)
         elif operation["type"] == "DELETE_CLUSTER":
             clusters.pop(key, None)
+            self._forget_nodes(key)
         elif operation["type"] == "DELETE_NODE_POOL":
+            self._forget_nodes(key, pool)
             clusters[key]["nodePools"] = [one for one in clusters[key]["nodePools"] if one["name"] != pool]
         elif operation["type"] == "CREATE_NODE_POOL":
             for one in clusters[key]["nodePools"]:
@@ -279,7 +287,7 @@ class Container:
     def _shown(self, key: str) -> Any:
         """The cluster as the API shows it: the endpoint and the CA appear with the control plane."""
         stored = self._cloud.store.data["clusters"][key]
-        nodes = sum(_node_count(pool, stored) for pool in stored["nodePools"])
+        nodes = sum(_node_count(pool, stored) for pool in stored["nodePools"]) + len(self._nodes_of(key))
         shown = stored | {"currentNodeCount": nodes, "selfLink": self._link(key)}
         if stored["status"] != "PROVISIONING" and self.kubernetes_endpoint:
             # A bare host, as GKE answers; a port may follow because loopback has but one 443.
@@ -303,6 +311,51 @@ class Container:
         cluster = self._cloud.store.data["clusters"].get(key)
         if cluster:
             cluster["nodePools"] = [one for one in cluster["nodePools"] if one["name"] != name]
+
+    def add_node(self, name: str, *, machine_type: str, accelerator: str, gpus: int) -> str | None:
+        """A node boots for a pod: in the cluster's pool of that machine, or in one that auto-creation makes.
+
+        One Kubernetes server plays all clusters of the embedded cloud, so the node belongs to the one made last.
+        Returns that cluster's name; None without one.
+        """
+        clusters = self._cloud.store.data["clusters"]
+        running = [key for key, one in clusters.items() if one["status"] in ("RUNNING", "RECONCILING")]
+        if not running:
+            return None
+        key = max(running, key=lambda one: str(clusters[one]["createTime"]))
+        pools = clusters[key]["nodePools"]
+        pool = next((one["name"] for one in pools if one["config"]["machineType"] == machine_type), None)
+        if pool is None:
+            pool = f"{_AUTO_CREATED}{machine_type[:24]}-{secrets.token_hex(4)}"
+            config: Json = {"machineType": machine_type}
+            if gpus:
+                config["accelerators"] = [{"acceleratorType": accelerator, "acceleratorCount": str(gpus)}]
+            self.register_node_pool(key, {"name": pool, "initialNodeCount": 0, "config": config})
+        node = {"cluster": key, "pool": pool, "accelerator": accelerator, "gpus": gpus}
+        self._cloud.store.data["nodes"][name] = node
+        return key.partition("/")[2]
+
+    def remove_node(self, name: str) -> None:
+        """A node is gone; an auto-created pool goes with its last one."""
+        nodes = self._cloud.store.data["nodes"]
+        node = nodes.pop(name, None)
+        if node is None or not node["pool"].startswith(_AUTO_CREATED):
+            return
+        if all((one["cluster"], one["pool"]) != (node["cluster"], node["pool"]) for one in nodes.values()):
+            self.unregister_node_pool(node["cluster"], node["pool"])
+
+    def _forget_nodes(self, key: str, pool: str | None = None) -> None:
+        """The nodes of a cluster, or of one of its pools, end with it, and so do their boot disks."""
+        data = self._cloud.store.data
+        gone = [name for name, node in self._nodes_of(key).items() if pool in (None, node["pool"])]
+        for name in gone:
+            del data["nodes"][name]
+            data["disks"].pop(name, None)
+        if gone:
+            self.on_nodes_gone(gone)
+
+    def _nodes_of(self, key: str) -> dict[str, Json]:
+        return {name: node for name, node in self._cloud.store.data["nodes"].items() if node["cluster"] == key}
 
     def _create_pool(self, call: Call) -> Any:
         request = container_v1.CreateNodePoolRequest.pb(container_v1.CreateNodePoolRequest())
@@ -356,7 +409,7 @@ class Container:
             )
 
     def quota_usage(self) -> dict[str, float]:
-        """GPUs in use by quota metric, summed over the nodes of all pools."""
+        """GPUs in use by quota metric: of the pools' initial nodes, and of those that pods made boot."""
         usage: dict[str, float] = {}
         for cluster in self._cloud.store.data["clusters"].values():
             for pool in cluster["nodePools"]:
@@ -365,6 +418,10 @@ class Container:
                     metric = prefix + ACCELERATORS[accelerator["acceleratorType"]][2]
                     gpus = int(accelerator["acceleratorCount"]) * _node_count(pool, cluster)
                     usage[metric] = usage.get(metric, 0.0) + gpus
+        for node in self._cloud.store.data["nodes"].values():
+            if node["accelerator"] in ACCELERATORS:
+                metric = ACCELERATORS[node["accelerator"]][2]
+                usage[metric] = usage.get(metric, 0.0) + node["gpus"]
         return usage
 
     def _new_pool(self, pool: Json, version: str) -> Json:

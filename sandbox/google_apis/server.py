@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from aiohttp import web
@@ -39,6 +39,9 @@ from sandbox.shaping import Link
 from sandbox.wire import RequestLog, wire_middlewares
 
 GSA_ANNOTATION = "iam.gke.io/gcp-service-account"
+BOOT_DISK_GIB = 100
+"""GKE's default."""
+
 _ALWAYS_REACHABLE = frozenset({"serviceusage.googleapis.com"})
 """Service Usage answers in a project where nothing is enabled: somebody has to enable the first API."""
 
@@ -77,6 +80,7 @@ class GoogleApisServer(LoopbackServer):
             "clusters": {},
             "container_operations": {},
             "disks": {},
+            "nodes": {},
         }
         store = Store(Path(root) / "google_apis.json", initial)
         self.cloud = Cloud(
@@ -133,6 +137,30 @@ class GoogleApisServer(LoopbackServer):
         """An auto-created pool is gone again."""
         with self.cloud.store.transaction():
             self._container.unregister_node_pool(f"{location or self.cloud.region}/{cluster}", name)
+
+    def on_nodes_gone(self, listener: Callable[[list[str]], None]) -> None:
+        """Tell `listener` which nodes ended with their cluster or node pool. It must not block."""
+        self._container.on_nodes_gone = listener
+
+    def boot_node(self, name: str, *, machine_type: str, accelerator: str = "", gpus: int = 0) -> None:
+        """A node of the cluster made last boots, with its disk; its GPUs count in the quota from now on."""
+        with self.cloud.store.transaction():
+            self._container.settle()
+            cluster = self._container.add_node(name, machine_type=machine_type, accelerator=accelerator, gpus=gpus)
+            if cluster is not None:
+                labels = {"goog-gke-node": "", "goog-k8s-cluster-name": cluster}
+                self._compute.register_disk(name, self.cloud.zones[0], BOOT_DISK_GIB, labels)
+
+    def remove_node(self, name: str) -> None:
+        """A node is gone, and its boot disk; an auto-created pool goes with its last node."""
+        with self.cloud.store.transaction() as data:
+            self._container.remove_node(name)
+            data["disks"].pop(name, None)
+
+    def remove_nodes(self) -> None:
+        """No node is left: the clusters' machines ended with the process that played them."""
+        for name in tuple(self.cloud.store.data["nodes"]):
+            self.remove_node(name)
 
     def register_disk(self, name: str, *, zone: str | None = None, size_gib: int = 100, **labels: str) -> None:
         """A disk appears in the project, e.g. behind a volume."""
