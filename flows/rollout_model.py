@@ -7,14 +7,17 @@ from contextlib import contextmanager
 
 from prefect import flow, get_run_logger
 
+from flows.deliver import deliver
 from flows.hooks import announce_outcome, clean_up_killed
 from flows.plan_model import make_plan
-from rollout.errors import RolloutError
+from rollout.clients.cluster_wait import ServerDoesNotStart
+from rollout.errors import RolledBack, RolloutError
 from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport, TeardownReport
 from rollout.request import RolloutRequest, resolve
 from tasks.approval import require_approval
+from tasks.deliver import require_no_revisions, undo_update
 from tasks.limits import gpus_of
 from tasks.provision import provision_bucket, provision_cluster, set_up_workload_identity
 from tasks.record import Record, recorded
@@ -46,14 +49,17 @@ def rollout_model(request: RolloutRequest, report_file: str | None = None) -> Ro
         record.keep(plan=plan)
         require_approval(plan, story)
         with gpus_of(plan), torn_down_by_policy(plan, record):
-            apply(plan, record)
-            verify(plan, record)
+            provision(plan, record)
+            if plan.policy.delivery.by_revisions:
+                deliver(plan, record, verify)
+            else:
+                update_in_place(plan, record)
         record.milestone()
     return record.report
 
 
-def apply(plan: RolloutPlan, record: Record) -> None:
-    """Change the target: the cluster is made while the weights travel."""
+def provision(plan: RolloutPlan, record: Record) -> None:
+    """Make what the model needs: the cluster is made while the weights travel."""
     story = record.story
     story.run(provision_bucket, plan.target)
     record.milestone()  # the ledger, before anything else is changed
@@ -64,8 +70,25 @@ def apply(plan: RolloutPlan, record: Record) -> None:
     finally:
         cluster.result()
     story.run(set_up_workload_identity, plan)
+
+
+def update_in_place(plan: RolloutPlan, record: Record) -> None:
+    """One Deployment, a rolling update: the old pods answer until the new ones do, and stay if they never do."""
+    story = record.story
+    require_no_revisions(plan)
     story.run(apply_manifests, plan)
     record.milestone()
+    try:
+        verify(plan, record)
+    except ServerDoesNotStart as error:
+        if not error.old_pods_serving:
+            raise
+        story.run(undo_update, plan, error.summary)
+        raise RolledBack(
+            f"{error.summary} The previous revision serves: {', '.join(error.old_pods_serving)}.",
+            where=error.where,
+            resolution=error.resolution,
+        ) from error
 
 
 def verify(plan: RolloutPlan, record: Record) -> None:
@@ -92,6 +115,9 @@ def torn_down_by_policy(plan: RolloutPlan, record: Record) -> Iterator[None]:
     """Tear down after success or failure, as the policy says; a failure stays the one that is reported."""
     try:
         yield
+    except RolledBack:
+        # What serves again was there before this rollout: it is not this one's to remove.
+        raise
     except BaseException:
         if plan.policy.teardown in (Teardown.ALWAYS, Teardown.ON_FAILURE):
             try:

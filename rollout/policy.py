@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rollout.benchmark import BenchmarkSpec
+from rollout.delivery import DeliveryStrategy
 from rollout.objectives import Objectives
 from rollout.transfer import TransferSpec
 from rollout.values import Value
@@ -67,8 +68,13 @@ class RolloutPolicy(Value):
         description="Load sweep up to saturation; None verifies by the smoke suite alone.",
         json_schema_extra={"position": 5},
     )
+    delivery: DeliveryStrategy = Field(
+        DeliveryStrategy(),
+        description="How the new version takes over from the live one: rolling (in place), blue_green or canary.",
+        json_schema_extra={"position": 6},
+    )
     transfer: TransferSpec = Field(
         TransferSpec(),
         description="How weights move from Hugging Face to the bucket. The defaults suit every model.",
-        json_schema_extra={"position": 6},
+        json_schema_extra={"position": 7},
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rollout.benchmark import BenchmarkReport
+from rollout.delivery import DeliveryReport
 from rollout.errors import ExitCode
 from rollout.objectives import Verdict as ObjectivesVerdict
 from rollout.plan import RolloutPlan
@@ -73,6 +74,8 @@ class RolloutReport(Value):
     smoke: SmokeReport | None = None
     benchmark: BenchmarkReport | None = None
     objectives: ObjectivesVerdict | None = None
+    delivery: DeliveryReport | None = None
+    """How the traffic moved; None for a rolling update."""
     teardown: TeardownReport | None = None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rollout.benchmark import BenchmarkReport
+from rollout.delivery import DeliveryReport
 from rollout.objectives import Verdict
 from rollout.plan import RolloutPlan
 from rollout.preflight import CheckState
@@ -146,9 +147,31 @@ def report_markdown(report: RolloutReport) -> str:
     lines += ["", table(columns, rows)]
     if report.objectives:
         lines += ["", "## Objectives", "", verdict_markdown(report.objectives)]
+    if report.delivery:
+        lines += ["", "## Delivery", "", delivery_markdown(report.delivery)]
     if report.teardown:
         lines += ["", "## Teardown", "", teardown_markdown(report.teardown)]
     return "\n".join(lines) + "\n"
+
+
+def delivery_markdown(delivery: DeliveryReport) -> str:
+    """How the traffic moved, and what the last look of each step found."""
+    before = f"`{delivery.live_before}` served before" if delivery.live_before else "nothing served before"
+    reason = f": {delivery.reason}" if delivery.reason else ""
+    parts = [f"Revision `{delivery.revision}`, {delivery.kind.value}: **{delivery.outcome.value}**{reason}; {before}."]
+    rows = [
+        (f"{s.weight_percent} %", s.replicas, f"{s.duration_s:.0f}", s.ruling.decision.value, s.ruling.reason)
+        for s in delivery.steps
+    ]
+    parts.append(table(("traffic", "pods", "seconds", "decision", "why"), rows))
+    compared = [
+        (f"{s.weight_percent} %", row.question, row.baseline, row.canary, row.finding.value)
+        for s in delivery.steps
+        for row in (s.comparison.rows if s.comparison else ())
+    ]
+    if compared:
+        parts.append(table(("traffic", "question", "live", "new", "finding"), compared))
+    return "\n\n".join(parts) + "\n"
 
 
 def teardown_markdown(teardown: TeardownReport) -> str:

@@ -6,10 +6,11 @@ from rollout import preflight
 from rollout.clients.hub import HubClient
 from rollout.clients.observe import observe
 from rollout.model import PinnedModel
-from rollout.objects import serving_objects
 from rollout.plan import Observation, RolloutPlan, make_plan, rollout_id
+from rollout.rendering import KubernetesObject
 from rollout.report import Action
 from rollout.request import RolloutSpec
+from rollout.revisions import planned_objects
 from rollout.show import plan_markdown
 from tasks.credentials import hub_token
 from tasks.step import Artifact, Outcome, step
@@ -37,8 +38,7 @@ def pin_model(spec: RolloutSpec) -> Outcome[PinnedModel]:
 @step("observe")
 def observe_target(spec: RolloutSpec, model: PinnedModel) -> Outcome[Observation]:
     """Read what exists and run every preflight check. Failed checks are shown all at once by `plan_rollout`."""
-    objects = serving_objects(model, spec.serving, spec.target, rollout_id=rollout_id(model, spec.serving, spec.target))
-    observed = observe(model, spec.serving, spec.target, objects, hub_token=hub_token(spec.target))
+    observed = observe(model, spec.serving, spec.target, _objects(spec, model), hub_token=hub_token(spec.target))
     rows = [
         {"check": check.name, "state": check.state.value, "why": check.why, "what to do": check.resolution}
         for check in observed.checks
@@ -56,15 +56,7 @@ def observe_target(spec: RolloutSpec, model: PinnedModel) -> Outcome[Observation
 @step("plan")
 def plan_rollout(spec: RolloutSpec, model: PinnedModel, observed: Observation) -> Outcome[RolloutPlan]:
     """Turn observation and spec into the plan, publish it, and stop here when a preflight check failed."""
-    serving, target = spec.serving, spec.target
-    plan = make_plan(
-        model,
-        serving,
-        target,
-        spec.policy,
-        observed,
-        serving_objects(model, serving, target, rollout_id=rollout_id(model, serving, target)),
-    )
+    plan = make_plan(model, spec.serving, spec.target, spec.policy, observed, _objects(spec, model))
     preflight.require(plan.checks)
     actions = [change.action for change in plan.changes]
     counted = ", ".join(f"{actions.count(action)} {action.value}" for action in Action if action in actions)
@@ -74,3 +66,8 @@ def plan_rollout(spec: RolloutSpec, model: PinnedModel, observed: Observation) -
         data={"rollout_id": plan.rollout_id, "transfer_bytes": plan.transfer_bytes, "usd_per_hour": plan.usd_per_hour},
         artifact=Artifact("plan", f"Plan: {plan.title}", markdown=plan_markdown(plan)),
     )
+
+
+def _objects(spec: RolloutSpec, model: PinnedModel) -> tuple[KubernetesObject, ...]:
+    identity = rollout_id(model, spec.serving, spec.target)
+    return planned_objects(model, spec.serving, spec.target, spec.policy.delivery, rollout_id=identity)
