@@ -10,13 +10,14 @@ https://cloud.google.com/kubernetes-engine/docs/best-practices/machine-learning/
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from rollout.curve import TARGET_UTILISATION
 from rollout.errors import BadInput
 from rollout.preflight import Check, failed, ok
 from rollout.profiles import Profile, Targets
+from rollout.rendering import KubernetesObject, read_manifests, render
 from rollout.values import Value
 
 METRIC = "vllm:num_requests_running"
@@ -122,6 +123,29 @@ def _about_targets(profile: Profile, targets: Targets) -> list[str]:
 def scale_down_window_s(startup_s: float) -> int:
     """How long the load must stay low before a replica goes: two starts, so that a dip costs less than it saves."""
     return int(min(MOST_SCALE_DOWN_WINDOW_S, max(LEAST_SCALE_DOWN_WINDOW_S, 2 * startup_s)))
+
+
+def autoscaler_object(
+    autoscaling: Autoscaling,
+    *,
+    name: str,
+    namespace: str,
+    labels: Mapping[str, str],
+    max_replicas: int,
+    adapter: Adapter = Adapter.STACKDRIVER,
+) -> KubernetesObject:
+    """The HorizontalPodAutoscaler of the Deployment `name`. The Deployment must not state `replicas` any more."""
+    values = {
+        "name": name,
+        "namespace": namespace,
+        "labels": dict(labels),
+        "min_replicas": 1,
+        "max_replicas": max_replicas,
+        "hpa_metric": adapter.metric(METRIC),
+        "hpa_average_value": str(autoscaling.threshold),
+        "hpa_scale_down_window_s": autoscaling.scale_down_window_s,
+    }
+    return render(read_manifests(["horizontal-pod-autoscaler.yaml"]), values)[0]
 
 
 def check_metrics_adapter(api_groups: Iterable[str]) -> Check:

@@ -17,7 +17,15 @@ import yaml
 from pydantic import Field, StringConstraints
 
 from rollout.accelerators import AcceleratorKind, AcceleratorType, accelerator
-from rollout.autoscaling import ADAPTER_DOCS, ADAPTER_MANIFEST, METRIC, Adapter, Autoscaling, autoscaling_for
+from rollout.autoscaling import (
+    ADAPTER_DOCS,
+    ADAPTER_MANIFEST,
+    METRIC,
+    Adapter,
+    Autoscaling,
+    autoscaler_object,
+    autoscaling_for,
+)
 from rollout.errors import BadInput
 from rollout.fit import DEFAULT_BOOT_DISK_GIB, check_ephemeral_storage
 from rollout.model_facts import ModelFacts
@@ -431,15 +439,6 @@ def _objects(
     if request.service_account != "default":
         files.insert(0, "service-account.yaml")
         values |= {"shared_labels": values["labels"], "ksa_annotations": {}}
-    if autoscaling is not None:
-        files.append("horizontal-pod-autoscaler.yaml")
-        values |= {
-            "min_replicas": 1,
-            "max_replicas": request.max_replicas,
-            "hpa_metric": request.adapter.metric(METRIC),
-            "hpa_average_value": str(autoscaling.threshold),
-            "hpa_scale_down_window_s": autoscaling.scale_down_window_s,
-        }
     if request.serving_stack is ServingStack.LLM_D:
         files += _LLM_D_FILES
         values |= {
@@ -448,6 +447,16 @@ def _objects(
             "gateway": f"{serving.name}-gateway",
         }
     objects = render(read_manifests(files), values)
+    if autoscaling is not None:
+        scaler = autoscaler_object(
+            autoscaling,
+            name=serving.name,
+            namespace=request.namespace,
+            labels=values["labels"],
+            max_replicas=request.max_replicas,
+            adapter=request.adapter,
+        )
+        objects = (*objects, scaler)
     for each in objects:
         each["metadata"].setdefault("annotations", {})[VERSION_ANNOTATION] = "\n".join(header)
         if each["kind"] == "Deployment" and each["metadata"]["name"] == serving.name:

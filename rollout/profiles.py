@@ -543,6 +543,14 @@ class Gap(Value):
                 rows.append((label, predicted, measured, (measured - predicted) / predicted))
         return tuple(rows)
 
+    @property
+    def shortfall(self) -> float:
+        """By how much the worst figure is worse than predicted, as a share of the prediction; 0 if none is."""
+        return max(
+            (-share if label == GAP_FIGURES["output_tokens_per_s"] else share)
+            for label, _, _, share in (*self.differences(), ("", 0.0, 0.0, 0.0))
+        )
+
 
 GAP_FIGURES = {
     "output_tokens_per_s": "output tokens/s",
@@ -651,6 +659,7 @@ def _matches(profile: Profile, query: ProfileQuery, notes: list[str]) -> bool:
         if value != wanted:
             return False
     if profile.pricing_model not in (None, query.pricing_model):
+        notes.append(f"{profile.source.name} states {profile.pricing_model} costs: ask with that --pricing-model")
         return False
     for metric in query.targets.given():
         if getattr(profile.saturation, metric) is None:

@@ -20,9 +20,6 @@ from rollout.profiles import MeasuredOn, Profile, ProfileQuery, StaticSource, me
 from rollout.record import RolloutReport
 from rollout.target import Target
 
-DEFAULT_HISTORY = Path("out")
-"""Where the rehearsal and the command line leave their records."""
-
 _DEPTH = ("*.json", "*/*.json", "*/*/*.json")
 """`out/report.json`, `out/rehearsal/report.json` and kept curves `out/history/<workload>/<time>.json`."""
 

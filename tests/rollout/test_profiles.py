@@ -304,6 +304,13 @@ def test_a_source_that_does_not_state_what_is_filtered_says_so() -> None:
     assert "catalogue does not state the use case" in " ".join(found.notes)
 
 
+def test_prices_of_another_model_are_left_out_with_a_note() -> None:
+    found = select(ProfileAnswer(profiles=(profile(pricing_model=PricingModel.SPOT),)), ProfileQuery())
+
+    assert found.rows == ()
+    assert "states spot costs" in found.notes[0]
+
+
 def test_all_means_every_version() -> None:
     assert len(chosen(ProfileQuery(model_server_version="all"), profile(), profile(model_server_version="v1"))) == 2
 
@@ -370,6 +377,7 @@ def test_a_prediction_stands_beside_the_measurement_of_the_same_thing() -> None:
     differences = {label: share for label, _, _, share in gap.differences()}
     assert differences["output tokens/s"] == pytest.approx(-0.2)
     assert differences["TTFT ms"] == pytest.approx(-0.2)
+    assert gap.shortfall == pytest.approx(0.25)  # a token costs 1.25 USD instead of 1.00
     text = render_list(select(answer, ProfileQuery()), Format.TABLE)
     assert "-20%" in text
     assert "Predicted  Measured  Difference" in text
