@@ -67,15 +67,15 @@ def measure(streams: int, seconds: float) -> Measured:
         with simulated_engine(folder, "--max-num-seqs=1024", latency=LATENCY, truth=truth) as url:
             generator = LoadGenerator(OpenAiApi(url), MODEL, BenchmarkSpec(workload=workload))
             generator.warm_up()
-            before = len(truth.read_text().splitlines())
             answers = generator.offer(planned)
-        lines = truth.read_text().splitlines()[before:]
+        noted = sorted(map(json.loads, truth.read_text().splitlines()), key=lambda each: float(each["received_s"]))
     stage = summarize(
         answers.records,
         duration_s=planned_duration_s(planned.rate_per_s, planned.duration_s),
         client=client_side(answers),
     )
-    return Measured(stage, answers, [json.loads(line) for line in lines])
+    # The warm-up's requests came first.
+    return Measured(stage, answers, noted[-len(answers.records) :])
 
 
 def rows(streams: int, measured: Measured) -> Iterable[str]:
@@ -84,7 +84,7 @@ def rows(streams: int, measured: Measured) -> Iterable[str]:
     # From the moment the client sent the request: what a user waits, the engine's own reading of it included.
     sent = np.sort([record.sent_s + measured.answers.started_s for record in measured.answers.records])
     received = np.sort([each["received_s"] for each in truth])
-    first = np.array([each["token_s"][0] for each in sorted(truth, key=lambda each: each["received_s"])])
+    first = np.array([each["token_s"][0] for each in truth])
     ttft = first - sent
     assert stage.ttft_s is not None
     assert stage.itl_s is not None
