@@ -11,7 +11,7 @@ from rollout.clients.history import BucketHistory
 from rollout.clients.loadgen import run_benchmark
 from rollout.clients.openai_api import run_smoke_suite
 from rollout.clients.records import RecordStore
-from rollout.cost import TokenCost, token_cost
+from rollout.cost import TokenCost, cost_at_knee
 from rollout.errors import ObjectivesMissed, SmokeFailed
 from rollout.history import CurveRecord, keep, last_good, records_of
 from rollout.objectives import Verdict, judge
@@ -104,10 +104,11 @@ def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: Benchmark
     store = BucketHistory(plan.target)
     curves = records_of(store, benchmark.spec.workload.key, model=benchmark.environment.model)
     baseline = last_good(curves, before=benchmark.started_at)
+    cost = _cost(plan, benchmark)
     verdict = judge(
         plan.policy.objectives,
         benchmark.stages,
-        cost=_cost(plan, benchmark),
+        cost=cost,
         passed_checks=smoke.passed_checks,
         baseline=baseline.report.stages if baseline else (),
     )
@@ -115,9 +116,9 @@ def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: Benchmark
         keep(store, CurveRecord(report=benchmark, good=verdict.met, run_name=plan.title))
     return Outcome(
         value=verdict,
-        summary=verdict.summary(),
+        summary=verdict.summary() + (f"; {cost.usd_per_million_output_tokens:.3g} USD/M output tokens" if cost else ""),
         status=StepStatus.DONE if verdict.met else StepStatus.FAILED,
-        data=verdict.model_dump(mode="json"),
+        data={"cost": cost.model_dump(mode="json") if cost else None},
         artifact=Artifact("objectives", "Objectives: limit, measured, margin", markdown=verdict_markdown(verdict)),
     )
 
@@ -153,12 +154,5 @@ def environment_of(plan: RolloutPlan) -> Environment:
 
 def _cost(plan: RolloutPlan, benchmark: BenchmarkReport) -> TokenCost | None:
     price = known_price(plan.target, plan.serving.accelerator.type)
-    best = max(benchmark.stages, key=lambda stage: stage.output_tokens_per_s, default=None)
-    if price is None or best is None:
-        return None
-    return token_cost(
-        price,
-        gpus=plan.serving.accelerator.count * plan.serving.replicas,
-        input_tokens_per_s=best.input_tokens_per_s,
-        output_tokens_per_s=best.output_tokens_per_s,
-    )
+    gpus = plan.serving.accelerator.count * plan.serving.replicas
+    return None if price is None else cost_at_knee(benchmark.stages, price, gpus=gpus)
