@@ -388,7 +388,8 @@ def _measured_point(stages: Sequence[Stage], on: MeasuredOn, gpus: int, ratio: f
         return None if seconds is None else seconds * 1e3
 
     outputs = (median(stage.output_tokens_per_s for stage in stages) or 0.0) / on.replicas
-    inputs = (median(stage.input_tokens_per_s for stage in stages) or 0.0) / on.replicas
+    # Input and output are counted over different windows of a stage: the ratio of one request's tokens is in neither.
+    inputs = outputs * (median(_input_share(stage) for stage in stages) or 0.0)
     cost = None
     if on.price is not None and outputs + inputs > 0:
         cost = token_cost(
@@ -409,6 +410,14 @@ def _measured_point(stages: Sequence[Stage], on: MeasuredOn, gpus: int, ratio: f
         usd_per_million_input_tokens=cost.usd_per_million_input_tokens if cost else None,
         usd_per_million_output_tokens=cost.usd_per_million_output_tokens if cost else None,
     )
+
+
+def _input_share(stage: Stage) -> float | None:
+    """Input tokens per output token of the stage's requests."""
+    if stage.requests_per_s <= 0 or stage.offered_output_tokens_per_s <= 0:
+        return None
+    outputs = stage.offered_output_tokens_per_s / stage.rate_per_s
+    return stage.input_tokens_per_s / stage.requests_per_s / outputs
 
 
 # --- Asking ----------------------------------------------------------------------------------------------------------
