@@ -5,12 +5,13 @@ Pure. The records are in the target's bucket (`rollout.clients.records`), oldest
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from rollout.objects import MODEL_ANNOTATION, ROLLOUT_LABEL
+from rollout.objects import INSTANCE_LABEL, MODEL_ANNOTATION, ROLLOUT_LABEL
 from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport, Verdict
@@ -21,6 +22,8 @@ EXPIRY_ANNOTATION = "llm-rollout.dev/expires-at"
 """ISO 8601 time on a Deployment of ours, after which the janitor tears its model server down."""
 
 APPLY_STEP = "apply manifests"
+
+_REVISION = re.compile(r"-[0-9a-f]{8}")
 
 
 class Serving(Value):
@@ -79,8 +82,8 @@ def serving_now(records: Iterable[RolloutReport]) -> dict[str, Serving]:
     """Live model servers by instance. A rollout that was rolled back leaves what served before it."""
     live: dict[str, Serving] = {}
     for report in in_order(records):
-        for instance in _torn_down(report):
-            live.pop(instance, None)
+        for instance in _torn_down(report, live):
+            del live[instance]
         if report.plan is not None and applied(report) and not _ended_without_trace(report):
             instance = report.plan.serving.name
             live[instance] = _serving(report, report.plan, live.get(instance))
@@ -91,7 +94,7 @@ def last_applied(records: Iterable[RolloutReport], instance: str) -> RolloutRepo
     """The newest record of a rollout that `instance` may serve from; None if the records know of none."""
     found: RolloutReport | None = None
     for report in in_order(records):
-        if instance in _torn_down(report):
+        if _torn_down(report, [instance]):
             found = None
         if report.plan is not None and report.plan.serving.name == instance:
             found = report if applied(report) and not _ended_without_trace(report) else found
@@ -119,16 +122,20 @@ def still_owned(records: Iterable[RolloutReport]) -> frozenset[tuple[str, str]]:
 
 def drift(live: Mapping[str, Serving], manifests: Iterable[Mapping[str, Any]]) -> tuple[Drift, ...]:
     """Where records and cluster disagree: other weights, another rollout, a server that is missing or unknown."""
-    deployments = {m["metadata"]["name"]: m for m in manifests if m["kind"] == "Deployment"}
+    deployments = _by_instance(manifests)
     found: list[Drift] = []
     for instance in sorted(live.keys() | deployments.keys()):
         recorded = live.get(instance)
-        manifest = deployments.get(instance)
-        if manifest is None and recorded is not None:
+        if instance not in deployments:
+            assert recorded is not None
             advice = "Roll it out again, or tear it down, so that the records know."
             found.append(Drift(instance=instance, recorded=recorded.model, live="nothing", what_to_do=advice))
-        elif manifest is not None:
-            found += _difference(instance, recorded, manifest)
+            continue
+        # Several revisions stand side by side while the old one is kept warm: one of them must be the recorded one.
+        differences: list[list[Drift]] = [
+            _difference(instance, recorded, manifest) for manifest in deployments[instance]
+        ]
+        found += min(differences, key=len)
     return tuple(found)
 
 
@@ -146,12 +153,11 @@ def abandoned(
     that ends at this moment may be in between. Only what a policy or an annotation asks for is named, never a server
     that merely looks unused.
     """
-    deployments = {m["metadata"]["name"]: m for m in manifests if m["kind"] == "Deployment"}
     busy = set(alive)
     newest: dict[str, RolloutReport] = {}
     for report in in_order(records):
-        for instance in _torn_down(report):
-            newest.pop(instance, None)
+        for instance in _torn_down(report, newest):
+            del newest[instance]
         if report.plan is not None:
             newest[report.plan.serving.name] = report
     found: dict[str, Abandoned] = {}
@@ -160,9 +166,9 @@ def abandoned(
         why = _reason(report)
         if why is not None and report.run_id not in busy and age >= grace:
             found[instance] = Abandoned(instance=instance, why=why, run_id=report.run_id)
-    for instance, manifest in deployments.items():
-        expiry = (manifest["metadata"].get("annotations") or {}).get(EXPIRY_ANNOTATION)
-        if expiry is not None and _is_past(expiry, now):
+    for instance, revisions in _by_instance(manifests).items():
+        expiries = [(manifest["metadata"].get("annotations") or {}).get(EXPIRY_ANNOTATION) for manifest in revisions]
+        if all(expiry is not None and _is_past(expiry, now) for expiry in expiries):
             found.setdefault(instance, Abandoned(instance=instance, why=Leftover.EXPIRED))
     return tuple(found[instance] for instance in sorted(found))
 
@@ -186,10 +192,21 @@ def _serving(report: RolloutReport, plan: RolloutPlan, before: Serving | None) -
     )
 
 
-def _torn_down(report: RolloutReport) -> frozenset[str]:
-    """Instances whose Deployment a teardown in this record removed."""
+def _torn_down(report: RolloutReport, instances: Iterable[str]) -> list[str]:
+    """Those of `instances` whose Deployment, or a revision of it (`NAME-8f14e45f`), a teardown removed."""
     removed = report.teardown.removed if report.teardown else ()
-    return frozenset(change.name.rpartition("/")[2] for change in removed if change.kind == "Deployment")
+    names = {change.name.rpartition("/")[2] for change in removed if change.kind == "Deployment"}
+    return [i for i in instances if any(n == i or _REVISION.fullmatch(n.removeprefix(i)) for n in names)]
+
+
+def _by_instance(manifests: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Deployments by the model server that they are a revision of."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for manifest in manifests:
+        if manifest["kind"] == "Deployment":
+            labels = manifest["metadata"].get("labels") or {}
+            found.setdefault(labels.get(INSTANCE_LABEL, manifest["metadata"]["name"]), []).append(manifest)
+    return found
 
 
 def _ended_without_trace(report: RolloutReport) -> bool:

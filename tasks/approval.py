@@ -17,12 +17,11 @@ from prefect.input import RunInput
 from prefect.runtime import deployment
 from pydantic import Field
 
+from rollout.approval import approval_markdown, shown_digest
 from rollout.errors import NotApproved
 from rollout.plan import RolloutPlan
 from rollout.policy import Approval
 from rollout.report import StepReport, StepStatus, utc_now
-from rollout.show import plan_markdown
-from rollout.values import content_digest
 from tasks.step import Story
 
 NAME = "approval"
@@ -80,17 +79,9 @@ def require_approval(plan: RolloutPlan, story: Story) -> None:
 
 def _ask(plan: RolloutPlan) -> ApprovalAnswer:
     """The answer to exactly this plan, whether it was given to this process or to an earlier one of the same run."""
-    form = ApprovalAnswer.with_initial_data(description=plan_markdown(plan))
+    form = ApprovalAnswer.with_initial_data(description=approval_markdown(plan))
     timeout_s = int(plan.policy.approval_timeout_s)
     key = f"{NAME}-{shown_digest(plan)}"
     if deployment.id is None:
         return pause_flow_run(wait_for_input=form, timeout=timeout_s, poll_interval=2, key=key)
     return suspend_flow_run(wait_for_input=form, timeout=timeout_s, key=key)
-
-
-def shown_digest(plan: RolloutPlan) -> str:
-    """Digest of what the approver decides on: what changes, what it moves and costs.
-
-    The preflight checks are left out: their texts hold figures that move from minute to minute (quota in use).
-    """
-    return content_digest(plan.model_dump(mode="json", exclude={"checks", "checkpoint_config", "project_number"}), 16)

@@ -44,7 +44,7 @@ class WatchStore:
         self._generation = 0
 
     def read(self) -> WatchState:
-        """The state, empty at the first look. Raises BucketNotFound."""
+        """The state; empty at the first look."""
         found = self._storage.read_json(STATE_OBJECT)
         if found is None:
             return WatchState()
@@ -52,6 +52,6 @@ class WatchStore:
         return validated(WatchState, document, where=f"gs://{self._storage.bucket_name}/{STATE_OBJECT}")
 
     def write(self, state: WatchState) -> None:
-        """Keep the state. Raises AnotherWriter if another watcher has written since `read`."""
+        """Keep the state. Raises AnotherWriter if another watcher has written since `read`, and BucketNotFound."""
         document = state.model_dump(mode="json")
         self._generation = self._storage.write_json(STATE_OBJECT, document, if_generation=self._generation)

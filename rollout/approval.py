@@ -1,0 +1,54 @@
+"""What a person approves: the page that the form shows, and the digest that ties the answer to it. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rollout.objectives import Objectives
+from rollout.plan import RolloutPlan
+from rollout.preflight import CheckState
+from rollout.report import Action
+from rollout.values import content_digest, field_title
+
+LISTED_CHANGES = 20
+"""Of a rollout into an empty project there are about a dozen."""
+
+
+def approval_markdown(plan: RolloutPlan) -> str:
+    """The plan for a narrow dialog: lists and no tables, the costs first. The whole plan is the artifact `plan`."""
+    acting = [change for change in plan.changes if change.action in (Action.CREATED, Action.UPDATED, Action.DELETED)]
+    counted = ", ".join(f"{count} {action.value}" for action, count in Counter(c.action for c in acting).items())
+    price = "no price is known" if plan.usd_per_hour is None else f"{plan.usd_per_hour:,.2f} USD per hour"
+    accelerator = plan.serving.accelerator
+    lines = [
+        f"**{plan.model.repo_id}** at `{plan.model.short_sha}` on **{plan.target.name}**",
+        "",
+        f"- costs **{price}** while it runs: {plan.serving.replicas} × {accelerator.count} {accelerator.type}",
+        f"- transfers **{plan.transfer_bytes / 1e9:.2f} GB** to `gs://{plan.target.bucket}`",
+        f"- changes **{counted or 'nothing'}**",
+        *(f"    - {c.action.value} {c.kind} `{c.name}`" for c in acting[:LISTED_CHANGES]),
+    ]
+    if len(acting) > LISTED_CHANGES:
+        lines.append(f"    - and {len(acting) - LISTED_CHANGES} more")
+    lines.append(f"- objectives: {_objectives(plan.policy.objectives)}")
+    lines.append(f"- afterwards: teardown {plan.policy.teardown.value.replace('_', ' ')}")
+    lines += [f"- ⚠ {check.name}: {check.why}" for check in plan.checks if check.state is CheckState.WARNING]
+    if plan.object_diff:
+        lines += ["", "What changes in the live objects:", "", plan.object_diff]
+    lines += ["", "Nothing has changed yet. The whole plan is the artifact `plan` of this run."]
+    return "\n".join(lines)
+
+
+def shown_digest(plan: RolloutPlan) -> str:
+    """Digest of what the approver decides on: what changes, what it moves and costs.
+
+    The preflight checks are left out: their texts hold figures that move from minute to minute (quota in use).
+    """
+    return content_digest(plan.model_dump(mode="json", exclude={"checks", "checkpoint_config", "project_number"}), 16)
+
+
+def _objectives(objectives: Objectives) -> str:
+    limits = [f"{limit.metric.value} {limit.percentile.value} ≤ {limit.limit_s:g} s" for limit in objectives.latencies]
+    others = objectives.model_dump(mode="json", exclude={"latencies"}, exclude_none=True)
+    limits += [f"{field_title(name).lower()} {value}" for name, value in others.items() if value not in ((), [], {})]
+    return "; ".join(limits) or "none"

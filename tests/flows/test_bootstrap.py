@@ -1,0 +1,170 @@
+"""The bootstrap makes what is missing, keeps what an operator changed, and its notifications arrive."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import yaml
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Failed
+from pydantic import SecretStr
+
+from flows.bootstrap import CLUSTER_POOL, PLACEHOLDER_TOKEN, bootstrap, cluster_pool_template
+from flows.hooks import announce_outcome
+from flows.rollout_model import rollout_model
+from rollout import catalog
+from rollout.errors import BadInput, RolledBack
+from rollout.report import Action
+from rollout.target import Target
+from tests.flows.command_line import DEADLINE_S
+
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
+
+
+@pytest.fixture
+def target() -> Target:
+    """A target that no other test has."""
+    suffix = uuid4().hex[:8]
+    base = catalog.load_target("s3ns-france")
+    return base.model_copy(update={"name": f"target-{suffix}", "hub_token_secret": f"token-{suffix}"})
+
+
+@pytest.fixture
+def client() -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as opened:
+        yield opened
+
+
+class Inbox:
+    """A chat tool's webhook on loopback."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self._arrived = threading.Condition()
+        inbox = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                with inbox._arrived:
+                    inbox.messages.append(body)
+                    inbox._arrived.notify_all()
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
+
+    def wait_for(self, part: str) -> str:
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: any(part in m for m in self.messages), DEADLINE_S), self.messages
+            return next(message for message in self.messages if part in message)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    opened = Inbox()
+    yield opened
+    opened.close()
+
+
+def notification_block(inbox: Inbox) -> str:
+    name = f"inbox-{uuid4().hex[:8]}"
+    CustomWebhookNotificationBlock(
+        name=name, url=inbox.url, json_data={"subject": "{{subject}}", "body": "{{body}}"}
+    ).save(name)
+    return f"custom-webhook/{name}"
+
+
+def test_a_second_run_changes_nothing(target: Target, inbox: Inbox) -> None:
+    block = notification_block(inbox)
+    first = bootstrap([target], notify=block)
+    assert {"WorkPool", "Variable", "ConcurrencyLimit", "Secret", "Automation"} == {change.kind for change in first}
+    again = bootstrap([target], notify=block)
+    assert {change.action for change in again} == {Action.UNCHANGED}
+    assert [change.name for change in again] == [change.name for change in first]
+
+
+def test_what_an_operator_changed_stays(target: Target, client: SyncPrefectClient) -> None:
+    bootstrap([target])
+    client.update_global_concurrency_limit(f"gpus-{target.name}", GlobalConcurrencyLimitUpdate(limit=32))
+    assert target.hub_token_secret is not None
+    Secret(value=SecretStr("hf_real")).save(target.hub_token_secret, overwrite=True)
+    bootstrap([target], gpus=4)
+    assert client.read_global_concurrency_limit_by_name(f"gpus-{target.name}").limit == 32
+    assert Secret.load(target.hub_token_secret).get() == "hf_real"  # type: ignore[union-attr]
+
+
+def test_the_secret_starts_as_a_placeholder_that_is_no_token(target: Target) -> None:
+    bootstrap([target])
+    assert target.hub_token_secret is not None
+    assert Secret.load(target.hub_token_secret).get() == PLACEHOLDER_TOKEN  # type: ignore[union-attr]
+
+
+def test_an_unknown_notification_block_is_bad_input(target: Target) -> None:
+    with pytest.raises(BadInput, match="there is no notification block 'slack-webhook/nobody'"):
+        bootstrap([target], notify="slack-webhook/nobody")
+
+
+def test_the_cluster_pool_has_our_template(target: Target, client: SyncPrefectClient) -> None:
+    bootstrap([target])
+    variables = client.read_work_pool(CLUSTER_POOL).base_job_template["variables"]["properties"]
+    assert variables["service_account_name"]["default"] == "llm-rollout-job"
+    assert variables["pod_watch_timeout_seconds"]["default"] >= 600
+    assert variables["env"]["default"]["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "crash"
+
+
+def test_every_placeholder_of_the_template_is_a_variable_and_the_other_way_round() -> None:
+    template = cluster_pool_template()
+    text = yaml.safe_dump(template["job_configuration"])
+    used = {part.split("}}")[0].strip() for part in text.split("{{")[1:]}
+    assert used == set(template["variables"]["properties"])
+    spec = template["job_configuration"]["job_manifest"]["spec"]
+    assert spec["backoffLimit"] == 0, "a Job that Kubernetes repeats would repeat a teardown"
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_people_are_told_when_a_rollout_was_rolled_back(target: Target, inbox: Inbox) -> None:
+    bootstrap([target], notify=notification_block(inbox))
+    request = {"model": "gemma-4-31b-it", "target": target.name}
+    run = FlowRun(id=UUID(int=uuid4().int), flow_id=uuid4(), name="gemma → s3ns", parameters={"request": request})
+    error = RolledBack("the canary missed its objective.")
+    announce_outcome(rollout_model, run, Failed(message="failed", data=error))
+    message = inbox.wait_for("rolled back")
+    assert f"gemma-4-31b-it on {target.name}: the canary missed its objective." in message
+
+
+def test_people_are_told_that_a_run_waits_for_approval(target: Target, inbox: Inbox, client: SyncPrefectClient) -> None:
+    bootstrap([target], notify=notification_block(inbox))
+    run_id = str(uuid4())
+    event: dict[str, Any] = {
+        "id": str(uuid4()),
+        "event": "prefect.flow-run.Suspended",
+        "occurred": "2026-11-23T12:00:00Z",
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.name": "gemma → s3ns"},
+        "related": [
+            {
+                "prefect.resource.id": f"prefect.flow.{uuid4()}",
+                "prefect.resource.role": "flow",
+                "prefect.resource.name": "rollout-model",
+            }
+        ],
+    }
+    client.request("POST", "/events", json=[event]).raise_for_status()
+    assert "waits for your approval" in inbox.wait_for("approval")

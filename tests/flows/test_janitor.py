@@ -1,0 +1,150 @@
+"""What died is found and finished; what lives, or only looks unused, is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelled, Running
+
+from flows.hooks import clean_up_killed
+from flows.janitor import janitor
+from flows.rollout_model import rollout_model
+from rollout.clients.cluster import APPLY_PATCH, ClusterClient
+from rollout.clients.gke import Gke
+from rollout.clients.records import RecordStore
+from rollout.ledger import EXPIRY_ANNOTATION, serving_now
+from rollout.policy import Teardown
+from rollout.record import RolloutReport, Verdict
+from rollout.report import utc_now
+from tasks.janitor import SILENCE, find_zombies
+from tests.flows.conftest import Stage
+
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
+
+
+@pytest.fixture
+def client() -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as opened:
+        yield opened
+
+
+def rolled_out(stage: Stage) -> RolloutReport:
+    return rollout_model(stage.request())
+
+
+def forget_the_end(stage: Stage, report: RolloutReport, client: SyncPrefectClient, **changes: Any) -> RolloutReport:
+    """Turn a finished rollout's record into what a killed trial, a day ago, leaves behind."""
+    assert report.plan is not None
+    policy = report.plan.policy.model_copy(update={"teardown": Teardown.ALWAYS})
+    plan = report.plan.model_copy(update={"policy": policy})
+    store = RecordStore(stage.target)
+    old = {"plan": plan, "verdict": Verdict.RUNNING, "started_at": report.started_at - timedelta(hours=1), **changes}
+    killed = report.model_copy(update=old)
+    store.write(killed)
+    remove_record(stage, report)
+    return killed
+
+
+def remove_record(stage: Stage, report: RolloutReport) -> None:
+    from rollout.clients.storage import StorageClient
+    from rollout.record import RECORDS_PREFIX
+
+    stamp = f"{report.started_at:%Y%m%dT%H%M%S}"
+    storage = StorageClient(stage.target)
+    for stored in storage.list_objects(f"{RECORDS_PREFIX}{stamp}"):
+        storage.delete(stored)
+
+
+def deployments(stage: Stage) -> list[str]:
+    if Gke(stage.target).get() is None:
+        return []
+    inventory = ClusterClient.connect(stage.target).inventory()
+    return [manifest["metadata"]["name"] for manifest in inventory if manifest["kind"] == "Deployment"]
+
+
+def test_a_live_version_is_left_alone_and_a_dead_trial_is_torn_down(stage: Stage, client: SyncPrefectClient) -> None:
+    report = rolled_out(stage)
+    assert janitor(str(stage.target_file)) == ()
+    assert deployments(stage)
+
+    killed = forget_the_end(stage, report, client)
+    assert janitor(str(stage.target_file), remove=False) == ()
+    assert deployments(stage), "looking removes nothing"
+    (swept,) = janitor(str(stage.target_file))
+    assert swept.left == ()
+    assert deployments(stage) == []
+    records = list(RecordStore(stage.target).read_all())
+    (noted,) = [record for record in records if record.run_id == killed.run_id]
+    assert noted.verdict is Verdict.FAILED
+    assert noted.teardown is not None
+    assert serving_now(records) == {}
+    assert janitor(str(stage.target_file)) == ()
+
+
+def test_a_server_past_its_expiry_goes(stage: Stage) -> None:
+    report = rolled_out(stage)
+    assert report.plan is not None
+    cluster = ClusterClient.connect(stage.target)
+    (live,) = [manifest for manifest in cluster.inventory() if manifest["kind"] == "Deployment"]
+    patch = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {
+            "name": live["metadata"]["name"],
+            "namespace": live["metadata"]["namespace"],
+            "annotations": {EXPIRY_ANNOTATION: "2020-01-01T00:00:00+00:00"},
+        },
+    }
+    cluster.api.request("PATCH", cluster.api.path_of(live), {"fieldManager": "somebody"}, patch, APPLY_PATCH)
+    (swept,) = janitor(str(stage.target_file))
+    assert swept.left == ()
+    assert deployments(stage) == []
+
+
+def test_a_cancelled_trial_is_torn_down_by_its_hook_in_another_process(stage: Stage, client: SyncPrefectClient) -> None:
+    report = rolled_out(stage)
+    forget_the_end(stage, report, client)
+    request = stage.request(teardown="always").model_dump(mode="json")
+    run = client.read_flow_run(UUID(report.run_id)).model_copy(update={"parameters": {"request": request}})
+    clean_up_killed(flow=rollout_model, flow_run=run, state=Cancelled())
+    assert deployments(stage) == []
+
+
+def test_a_run_that_died_before_it_changed_anything_needs_no_clean_up(stage: Stage, client: SyncPrefectClient) -> None:
+    request = stage.request(teardown="always").model_dump(mode="json")
+    run = FlowRun(id=UUID(int=1), flow_id=UUID(int=2), parameters={"request": request})
+    clean_up_killed(flow=rollout_model, flow_run=run, state=Cancelled())
+
+
+def test_a_run_without_sign_of_life_is_marked_as_crashed(stage: Stage, client: SyncPrefectClient) -> None:
+    request = stage.request().model_dump(mode="json")
+    elsewhere = {**request, "target": "another"}
+    silent, foreign = (
+        client.create_flow_run(rollout_model, parameters={"request": parameters}, state=Running())
+        for parameters in (request, elsewhere)
+    )
+    now = utc_now()
+    assert zombies(stage, now) == ()
+    assert zombies(stage, now + SILENCE * 2) == (str(silent.id),)
+    ended = client.read_flow_run(silent.id).state
+    assert ended is not None
+    assert ended.is_crashed()
+    left = client.read_flow_run(foreign.id).state
+    assert left is not None
+    assert left.is_running()
+
+
+def zombies(stage: Stage, now: Any) -> tuple[str, ...]:
+    from prefect import flow
+
+    @flow
+    def look() -> tuple[str, ...]:
+        return find_zombies(str(stage.target_file), now).value
+
+    return look()
