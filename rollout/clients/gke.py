@@ -326,7 +326,7 @@ class Gke:
         return cluster
 
     def _change(self, action: Action, detail: str) -> Change:
-        return Change(action=action, kind="Cluster", name=f"{self._target.region}/{self._wanted.name}", detail=detail)
+        return Change(action=action, kind="Cluster", name=self._wanted.name, detail=detail)
 
 
 class _Follower:

@@ -26,12 +26,14 @@ from rollout.clients.iam import (
 )
 from rollout.clients.projects import Projects
 from rollout.clients.storage import StorageClient
-from rollout.errors import ApiDisabled, NotFound, PermissionMissing
+from rollout.clients.transfer import remove_dead_leftovers
+from rollout.errors import AnotherWriter, ApiDisabled, NotFound, PermissionMissing
 from rollout.objects import INSTANCE_LABEL, removable
-from rollout.policy import Weights
-from rollout.record import RECORDS_PREFIX, TeardownReport
 from rollout.plan import object_name
+from rollout.policy import Weights
+from rollout.record import TeardownReport
 from rollout.report import Action, Change
+from rollout.selection import RESERVED_FOLDER
 from rollout.target import ClusterMode, IdentityMode, Target
 
 _DISK_LABEL = "goog-k8s-cluster-name"
@@ -164,22 +166,35 @@ def _remove_weights(work: _Teardown, shared_by: str) -> None:
     bucket = f"gs://{work.target.bucket}"
     if not storage.bucket_exists():
         return
+    for uri in sorted(name for kind, name in work.owned if kind == "Weights"):
+        path = uri.removeprefix(bucket).strip("/")
+        _remove_model_path(work, storage, uri, f"{path}/" if path else "", shared_by)
     if work.weights is Weights.KEEP:
         work.keep("Bucket", bucket, "weights are kept by policy")
         return
-    for uri in sorted(name for kind, name in work.owned if kind == "Weights"):
-        prefix = uri.removeprefix(bucket).strip("/")
-        if shared_by and not prefix:
-            work.keep("Weights", uri, shared_by)
-            continue
-        for change in storage.delete_prefix(f"{prefix}/" if prefix else ""):
-            work.note(change)
-    foreign = [stored.name for stored in storage.list_objects() if not stored.name.startswith(RECORDS_PREFIX)]
+    foreign = [stored.name for stored in storage.list_objects() if not stored.name.startswith(RESERVED_FOLDER)]
     if foreign or shared_by:
         work.keep("Bucket", bucket, shared_by or f"still holds {len(foreign)} objects, e.g. {foreign[0]}")
         return
-    storage.delete_prefix(RECORDS_PREFIX)
+    storage.delete_prefix(RESERVED_FOLDER)  # records and measured stages
     work.note(storage.delete_bucket())
+
+
+def _remove_model_path(work: _Teardown, storage: StorageClient, uri: str, prefix: str, shared_by: str) -> None:
+    """What killed transfers left goes in any case; the weights if the policy says so and no other model serves."""
+    try:
+        for change in remove_dead_leftovers(work.target, prefix):
+            work.note(change)
+    except AnotherWriter as error:
+        work.keep("Weights", uri, error.summary)
+        return
+    if work.weights is Weights.KEEP:
+        return
+    if shared_by:
+        work.keep("Weights", uri, shared_by)
+        return
+    for change in storage.delete_prefix(prefix):
+        work.note(change)
 
 
 def _take_inventory(work: _Teardown, shared_by: str) -> None:

@@ -56,6 +56,8 @@ from rollout.transfer import (
 from rollout.values import content_digest
 
 _INCOMING = f"{WORK_FOLDER}incoming/"
+_WRITER = "writer"
+"""How the names of claims begin."""
 _REPORT = "report-"
 _MOVES_AT_ONCE = 8
 _TICK_S = 0.5
@@ -97,7 +99,7 @@ def publish_weights(
     before = place.look()
     if before.marker is not None and before.marker.proves(pinned, before.by_path):
         return _unchanged(run, before.marker, started_at)
-    claim = Claim(place.storage, f"{place.prefix}{WORK_FOLDER}writer.json", ttl_s=run.spec.claim_ttl_s)
+    claim = Claim(place.storage, f"{place.prefix}{WORK_FOLDER}{_WRITER}.json", ttl_s=run.spec.claim_ttl_s)
     claim.acquire()
     try:
         files = run.move(pinned.files, on_progress, claim, sweep=True)
@@ -178,6 +180,22 @@ def find_leftovers(target: Target, prefix: str = "") -> tuple[Change, ...]:
 def remove_leftovers(target: Target, prefix: str = "") -> tuple[Change, ...]:
     """Remove what `find_leftovers` finds. A run that is still going on fails, and has to start over."""
     return _leftovers(target, prefix, remove=True)
+
+
+def remove_dead_leftovers(target: Target, prefix: str) -> tuple[Change, ...]:
+    """Remove what `find_leftovers` finds below a model path, once it is certain that nobody is writing there.
+
+    Costs one look when there is nothing, and up to a claim's lifetime when its holder ran on another machine.
+
+    Raises:
+        AnotherWriter: a run is writing there, and goes on.
+    """
+    if not find_leftovers(target, prefix):
+        return ()
+    storage = StorageClient(target)
+    for claim in storage.list_objects(f"{prefix}{WORK_FOLDER}{_WRITER}"):
+        Claim(storage, claim.name, ttl_s=TransferSpec().claim_ttl_s).acquire()
+    return remove_leftovers(target, prefix)
 
 
 class View:

@@ -48,7 +48,7 @@ def test_an_autopilot_cluster_is_made_as_the_tutorial_says_and_observable(
 
     cluster, change = Gke(google_target).ensure({"rollout": "r1"})
 
-    assert (change.action, change.kind, change.name) == (Action.CREATED, "Cluster", "u-france-east1/llm-serving")
+    assert (change.action, change.kind, change.name) == (Action.CREATED, "Cluster", "llm-serving")
     assert (cluster.is_autopilot, cluster.status, cluster.release_channel) == (True, "RUNNING", "rapid")
     assert cluster.workload_pool == "rehearsal-project.s3ns.svc.id.goog"
     assert cluster.labels == {"managed-by": "llm-rollout", "rollout": "r1"}
