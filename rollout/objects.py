@@ -108,6 +108,25 @@ def without_ownership(manifest: KubernetesObject) -> KubernetesObject:
     return {**manifest, "metadata": metadata}
 
 
+def scales(autoscaler: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
+    """Whether a HorizontalPodAutoscaler of the same namespace sets the replicas of `manifest`."""
+    target = autoscaler["spec"]["scaleTargetRef"]
+    return (target["kind"], target["name"]) == (manifest["kind"], manifest["metadata"]["name"])
+
+
+def with_autoscaled_replicas(manifest: KubernetesObject, live: KubernetesObject) -> KubernetesObject:
+    """The Deployment as we apply it when an autoscaler sets its replicas: without them.
+
+    While the field is still ours, because the autoscaler has not changed it yet, it keeps its live value: leaving it
+    out would give it up, and Kubernetes would set it to 1.
+    """
+    spec = {key: value for key, value in manifest["spec"].items() if key != "replicas"}
+    entries = live["metadata"].get("managedFields") or ()
+    if any(e["manager"] == MANAGER and "f:replicas" in (e.get("fieldsV1") or {}).get("f:spec", {}) for e in entries):
+        spec["replicas"] = live["spec"]["replicas"]
+    return {**manifest, "spec": spec}
+
+
 def removable(manifests: Iterable[KubernetesObject], instance: str) -> tuple[KubernetesObject, ...]:
     """What teardown of the Deployment `instance` may delete of everything that is ours in the target.
 

@@ -32,7 +32,15 @@ from rollout.errors import (
     NotFound,
     RolloutError,
 )
-from rollout.objects import INSTANCE_LABEL, MANAGED_BY_LABEL, MANAGER, is_ours, without_ownership
+from rollout.objects import (
+    INSTANCE_LABEL,
+    MANAGED_BY_LABEL,
+    MANAGER,
+    is_ours,
+    scales,
+    with_autoscaled_replicas,
+    without_ownership,
+)
 from rollout.plan import object_name
 from rollout.rendering import KubernetesObject
 from rollout.report import Action, Change
@@ -322,7 +330,16 @@ class ClusterClient:
 
     def _wanted(self, manifest: KubernetesObject, live: KubernetesObject | None = None) -> KubernetesObject:
         live = live or self._find(manifest)
-        return manifest if live is None or is_ours(live) else without_ownership(manifest)
+        if live is None:
+            return manifest
+        wanted = manifest if is_ours(live) else without_ownership(manifest)
+        return with_autoscaled_replicas(wanted, live) if self._is_autoscaled(manifest) else wanted
+
+    def _is_autoscaled(self, manifest: KubernetesObject) -> bool:
+        if manifest["kind"] != "Deployment":
+            return False
+        autoscalers = self.api.get(self._path("autoscaling/v2", "HorizontalPodAutoscaler"))["items"]
+        return any(scales(autoscaler, manifest) for autoscaler in autoscalers)
 
     def _will_be_made(self, namespace: str, manifests: Sequence[KubernetesObject]) -> bool:
         planned = any(m["kind"] == "Namespace" and m["metadata"]["name"] == namespace for m in manifests)

@@ -347,6 +347,28 @@ def test_a_field_of_another_manager_is_a_conflict_that_names_both(client: Cluste
         client.apply([program(client, "serve", image="test/web:2")])
 
 
+def test_an_apply_leaves_an_autoscalers_replicas_alone(client: ClusterClient) -> None:
+    manifests = plan(client)
+    client.apply(manifests)
+    deployment = deployment_in(manifests)
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
+    autoscaler = {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "scaler", "namespace": client.target.namespace},
+        "spec": {"scaleTargetRef": target, "minReplicas": 1, "maxReplicas": 3},
+    }
+    client.apply([autoscaler])
+    assert actions(client.apply(manifests))["Deployment"] is Action.UNCHANGED
+
+    path, scaled = client.api.path_of(deployment), {"spec": {"replicas": 2}}
+    query = {"fieldManager": "kube-controller-manager"}
+    client.api.request("PATCH", path, query, scaled, "application/merge-patch+json")
+    assert actions(client.apply(manifests))["Deployment"] is Action.UNCHANGED
+    assert actions(client.apply(plan(client, max_model_len=8192)))["Deployment"] is Action.UPDATED
+    assert live(client, deployment)["spec"]["replicas"] == 2
+
+
 def test_a_refused_object_stops_everything_before_anything_changes(client: ClusterClient) -> None:
     good, wrong = namespace_of(client), program(client, "serve")
     wrong["spec"]["template"]["spec"]["containers"][0]["imagee"] = "x"

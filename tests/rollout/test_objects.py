@@ -13,8 +13,10 @@ from rollout.objects import (
     hub_token_object,
     is_ours,
     removable,
+    scales,
     serving_objects,
     weights_digest,
+    with_autoscaled_replicas,
     without_ownership,
 )
 from rollout.serving import Accelerator, ServingSpec, UpdateStrategy
@@ -226,3 +228,20 @@ def test_teardown_leaves_other_models_and_what_they_share() -> None:
     foreign = [without_ownership(made) for made in others]
     assert {made["kind"] for made in removable(mine + others, "vllm-a")} == {"Deployment", "Service", "PodMonitoring"}
     assert removable(mine + foreign, "vllm-a") == tuple(mine)
+
+
+@pytest.mark.parametrize(
+    ("manager", "applied"),
+    [("llm-rollout", {"replicas": 5}), ("kube-controller-manager", {})],
+)
+def test_replicas_are_the_autoscalers_once_it_has_set_them(manager: str, applied: dict[str, int]) -> None:
+    deployment = objects()["Deployment"]
+    autoscaler = {"spec": {"scaleTargetRef": {"kind": "Deployment", "name": "vllm-a"}}}
+    assert scales(autoscaler, deployment)
+    assert not scales({"spec": {"scaleTargetRef": {"kind": "Deployment", "name": "other"}}}, deployment)
+
+    fields = {"manager": manager, "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+    live = {"metadata": {"managedFields": [fields]}, "spec": {"replicas": 5}}
+    spec = with_autoscaled_replicas(deployment, live)["spec"]
+    assert {key: value for key, value in spec.items() if key == "replicas"} == applied
+    assert deployment["spec"]["replicas"] == 1
