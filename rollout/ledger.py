@@ -132,10 +132,8 @@ def drift(live: Mapping[str, Serving], manifests: Iterable[Mapping[str, Any]]) -
             found.append(Drift(instance=instance, recorded=recorded.model, live="nothing", what_to_do=advice))
             continue
         # Several revisions stand side by side while the old one is kept warm: one of them must be the recorded one.
-        differences: list[list[Drift]] = [
-            _difference(instance, recorded, manifest) for manifest in deployments[instance]
-        ]
-        found += min(differences, key=len)
+        differences = [_difference(instance, recorded, manifest) for manifest in deployments[instance]]
+        found += next((difference for difference in differences if not difference), differences[0])
     return tuple(found)
 
 
