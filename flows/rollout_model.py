@@ -16,14 +16,22 @@ from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport, TeardownReport
 from rollout.request import RolloutRequest, resolve
+from rollout.warm_up import why_not
 from tasks.approval import require_approval
 from tasks.deliver import require_no_revisions, undo_update
 from tasks.limits import gpus_of
-from tasks.provision import provision_bucket, provision_cluster, set_up_workload_identity
+from tasks.provision import (
+    make_service_account,
+    provision_bucket,
+    provision_cluster,
+    set_up_workload_identity,
+)
 from tasks.record import Record, recorded
 from tasks.serve import apply_manifests, wait_until_available
+from tasks.step import Running, Story
 from tasks.teardown import require_nothing_left, tear_down_rollout
 from tasks.verify import benchmark_model, judge_objectives, pictures_of, require_met, require_passed, smoke_test
+from tasks.warm_up import release_node, warm_up_node
 from tasks.weights import check_weights_layout, publish_weights
 
 
@@ -59,17 +67,35 @@ def rollout_model(request: RolloutRequest, report_file: str | None = None) -> Ro
 
 
 def provision(plan: RolloutPlan, record: Record) -> None:
-    """Make what the model needs: the cluster is made while the weights travel."""
+    """Make what the model needs: whatever does not depend on each other is made at once."""
     story = record.story
     story.run(provision_bucket, plan.target)
     record.milestone()  # the ledger, before anything else is changed
     cluster = story.start(provision_cluster, plan)
+    accounts = [story.start(make_service_account, plan)] if plan.target.has_service_account else []
+    weights = story.start(publish_weights, plan.model, plan.target, plan.policy.transfer)
+    layout = story.start(check_weights_layout, plan.target, plan.weights_uri, after=[weights])
+    identity = story.start(set_up_workload_identity, plan, after=[cluster, *accounts])
+    with warmed_up(plan, story, after=cluster):
+        story.join(weights, layout, cluster, *accounts, identity)
+    record.keep(weights=weights.result())
+
+
+@contextmanager
+def warmed_up(plan: RolloutPlan, story: Story, *, after: Running[None]) -> Iterator[None]:
+    """Hold the GPU node from the right moment on, and let go of it at the end, whatever happens in between."""
+    reason = why_not(plan)
+    if reason:
+        story.skip("warm up node", reason)
+        yield
+        return
+    node = story.start(warm_up_node, plan, after=[after])
     try:
-        record.keep(weights=story.run(publish_weights, plan.model, plan.target, plan.policy.transfer))
-        story.run(check_weights_layout, plan.target, plan.weights_uri)
+        yield
     finally:
-        cluster.result()
-    story.run(set_up_workload_identity, plan)
+        story.join(node)
+        if node.began and node.result():
+            story.run(release_node, plan)
 
 
 def update_in_place(plan: RolloutPlan, record: Record) -> None:

@@ -35,6 +35,17 @@ class Weights(StrEnum):
     DELETE = "delete"
 
 
+class WarmUp(StrEnum):
+    """When the GPU node of a first rollout is started, while its weights travel."""
+
+    OFF = "off"
+    """With the model server, after the weights."""
+    CHEAP = "cheap"
+    """Just in time: when the rest of the transfer takes as long as the node, so that it is not paid for idle."""
+    FAST = "fast"
+    """With the transfer: never waited for, and paid for while the weights travel."""
+
+
 class RolloutPolicy(Value):
     approval: Approval = Field(
         Approval.NEVER,
@@ -77,4 +88,17 @@ class RolloutPolicy(Value):
         TransferSpec(),
         description="How weights move from Hugging Face to the bucket. The defaults suit every model.",
         json_schema_extra={"position": 7},
+    )
+    warm_up: WarmUp = Field(
+        WarmUp.CHEAP,
+        title="Warm-up of the GPU node",
+        description="When the node of a first rollout is started: off (after the weights), cheap (so that it is there"
+        " when they are) or fast (with the transfer; the idle GPU is paid for).",
+        json_schema_extra={"position": 8},
+    )
+    warm_up_lead_s: Annotated[float, Field(gt=0)] = Field(
+        500.0,
+        title="Lead of the warm-up (s)",
+        description="How long a node takes to be ready with the image: scale-up ≈300 s + image ≈200 s.",
+        json_schema_extra={"position": 9},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rollout.benchmark import BenchmarkReport
+from rollout.critical_path import chain_sentence, gantt
 from rollout.delivery import DeliveryReport
 from rollout.objectives import Verdict
 from rollout.plan import RolloutPlan
@@ -145,6 +146,8 @@ def report_markdown(report: RolloutReport) -> str:
     columns = ("", "step", "seconds", "attempts", "what happened")
     rows = ((_MARKS[s.status], s.name, f"{s.duration_s:.1f}", s.attempts, s.summary) for s in report.steps)
     lines += ["", table(columns, rows)]
+    if len(report.steps) > 1:
+        lines += ["", "## Timeline", "", chain_sentence(report.steps), "", gantt(report.steps)]
     if report.objectives:
         lines += ["", "## Objectives", "", verdict_markdown(report.objectives)]
     if report.delivery:

@@ -118,6 +118,11 @@ class Target(Value):
         return (override or self.universe.endpoint(service)).rstrip("/")
 
     @property
+    def has_service_account(self) -> bool:
+        """Whether the pods act as a Google service account of ours."""
+        return self.identity is IdentityMode.SERVICE_ACCOUNT and self.cluster.mode is not ClusterMode.KUBECONFIG
+
+    @property
     def gsa_email(self) -> str:
         return self.universe.service_account_email(self.gsa, self.project)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -38,8 +38,10 @@ logger = logging.getLogger(__name__)
 class EmbeddedCloud:
     """Start and stop everything; `target()` is all that a rollout needs to know of it."""
 
-    def __init__(self, root: Path, **cluster_settings: Any) -> None:
+    def __init__(self, root: Path, *, hub_options: Sequence[str] = (), **cluster_settings: Any) -> None:
+        """`hub_options` go to `python -m sandbox.hub`, e.g. a shaped link; the rest to `KubernetesServer`."""
         self.root = root
+        self._hub_options = hub_options
         self._cluster_settings = cluster_settings
         self._children: list[Child] = []
         # Cluster and control plane tell each other of nodes through it: neither waits for the other's lock.
@@ -51,7 +53,7 @@ class EmbeddedCloud:
         return self.root / "hub"
 
     def start(self) -> Self:
-        hub = self._child("sandbox.hub", "--root", str(self.hub_root))
+        hub = self._child("sandbox.hub", "--root", str(self.hub_root), *self._hub_options)
         storage_options = (
             "--root",
             str(self.root / "storage"),

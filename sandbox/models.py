@@ -24,7 +24,7 @@ from sandbox.checkpoint import INDEX_NAME, Tensor, write_json, write_safetensors
 
 _SMOLLM2_VERSION = 1
 """Raise it when the conversion changes, so that cached checkpoints are made anew."""
-_GEMMA4_VERSION = 1
+_GEMMA4_VERSION = 2
 
 Gemma4Size: TypeAlias = Literal["26b-a4b", "31b"]
 
@@ -256,7 +256,9 @@ _GITATTRIBUTES = """*.safetensors filter=lfs diff=lfs merge=lfs -text
 tokenizer.json filter=lfs diff=lfs merge=lfs -text
 """
 
-_GEMMA4_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
+_GEMMA4_TEMPLATE = """{{ bos_token }}{% if enable_thinking | default(false) %}<|turn>system
+<|think|><turn|>
+{% endif %}{% for message in messages -%}
 <|turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
 {% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in message['content'] %}\
 {% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}<turn|>

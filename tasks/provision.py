@@ -73,25 +73,41 @@ def provision_cluster(plan: RolloutPlan) -> Outcome[None]:
     )
 
 
+@step("service account")
+def make_service_account(plan: RolloutPlan) -> Outcome[None]:
+    """The Google service account, and its access to the bucket; needs no cluster."""
+    target = plan.target
+    account, made = ServiceAccounts(target).ensure(target.gsa)
+    reader = ensure_binding(BucketPolicy(target, target.bucket), OBJECT_VIEWER, f"serviceAccount:{account.email}")
+    changes = tuple(change for change in (made, reader) if change is not None)
+    return Outcome(
+        value=None,
+        summary=f"{account.email} may read gs://{target.bucket}",
+        status=_status(changes),
+        changes=changes,
+        artifact=_changes_artifact("service-account", "Who may read the weights", changes),
+    )
+
+
 @step("workload identity")
 def set_up_workload_identity(plan: RolloutPlan) -> Outcome[None]:
-    """Let the pods read the bucket: through a Google service account, or directly. Needs bucket and cluster."""
+    """Let the pods act as the service account, or read the bucket as themselves. Needs the cluster's workload pool."""
     target = plan.target
-    changes: list[Change | None] = []
     if target.cluster.mode is ClusterMode.KUBECONFIG:
         return Outcome(value=None, summary="a kubeconfig cluster brings its own identity", status=StepStatus.SKIPPED)
     if target.identity is IdentityMode.SERVICE_ACCOUNT:
-        account, made = ServiceAccounts(target).ensure(target.gsa)
-        changes.append(made)
-        policy = ServiceAccountPolicy(target, account.email)
-        changes.append(ensure_binding(policy, WORKLOAD_IDENTITY_USER, target.workload_identity_member))
-    reader = target.reader_member(plan.project_number)
-    changes.append(ensure_binding(BucketPolicy(target, target.bucket), OBJECT_VIEWER, reader))
-    made_changes = tuple(change for change in changes if change is not None)
+        policy = ServiceAccountPolicy(target, target.gsa_email)
+        change = ensure_binding(policy, WORKLOAD_IDENTITY_USER, target.workload_identity_member)
+        summary = f"{target.workload_identity_member} is {target.gsa_email}"
+    else:
+        reader = target.reader_member(plan.project_number)
+        change = ensure_binding(BucketPolicy(target, target.bucket), OBJECT_VIEWER, reader)
+        summary = f"{reader} may read gs://{target.bucket}"
+    changes = () if change is None else (change,)
     return Outcome(
         value=None,
-        summary=f"{reader} may read gs://{target.bucket}",
-        status=_status(made_changes),
-        changes=made_changes,
-        artifact=_changes_artifact("workload-identity", "Who may read the weights, and why", made_changes),
+        summary=summary,
+        status=_status(changes),
+        changes=changes,
+        artifact=_changes_artifact("workload-identity", "Whose identity the pods have", changes),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -35,6 +35,9 @@ T = TypeVar("T")
 _attempts: dict[str, int] = {}
 """Attempts per task run. Kept here, because a failed task hands on nothing but its exception, and the server learns of
 task runs later than the flow does."""
+
+_started: dict[str, datetime] = {}
+"""When a task run's first attempt began: later than it was submitted, if it had to wait for others."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def step(name: str, *, retries: int = 4) -> Callable[[Callable[P, Outcome[T]]], 
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
             _attempts[str(task_run.id)] = task_run.run_count or 1
+            _started.setdefault(str(task_run.id), utc_now())
             outcome = function(*args, **kwargs)
             for artifact in (outcome.artifact, *outcome.pictures):
                 if artifact is not None:
@@ -141,9 +145,18 @@ class Story:
         """Run a step to its end. Raises what the step raised, after the report of the failure is kept."""
         return self.start(step_task, *args, **kwargs).result()
 
-    def start(self, step_task: Task[..., Outcome[T]], *args: Any, **kwargs: Any) -> Running[T]:
-        """Start a step beside others; `result()` waits for it."""
-        return Running(self, step_task.name, utc_now(), step_task.submit(*args, **kwargs))
+    def start(
+        self, step_task: Task[..., Outcome[T]], *args: Any, after: Iterable[Running[Any]] = (), **kwargs: Any
+    ) -> Running[T]:
+        """Start a step beside others, as soon as those of `after` have succeeded; `result()` waits for it."""
+        future = step_task.submit(*args, wait_for=[each.future for each in after], **kwargs)
+        return Running(self, step_task.name, utc_now(), future)
+
+    def join(self, *steps: Running[Any]) -> None:
+        """Wait until all `steps` have ended, and raise the first failure; none goes on behind a failure's back."""
+        failures = [error for each in steps if (error := each.finish()) is not None]
+        if failures:
+            raise failures[0]
 
     def skip(self, name: str, why: str) -> None:
         """Keep in the record that a step was left out, and why."""
@@ -157,24 +170,49 @@ class Story:
 class Running(Generic[T]):
     """A step under way."""
 
-    def __init__(self, story: Story, name: str, started_at: datetime, future: PrefectFuture[Outcome[T]]) -> None:
+    def __init__(self, story: Story, name: str, submitted_at: datetime, future: PrefectFuture[Outcome[T]]) -> None:
+        self.future = future
         self._story = story
         self._name = name
-        self._started_at = started_at
-        self._future = future
+        self._submitted_at = submitted_at
+        self._ended: Outcome[T] | BaseException | None = None
+
+    @property
+    def began(self) -> bool:
+        """Whether the step ran at all; meaningful once it has been joined."""
+        return self._ended is not None
 
     def result(self) -> T:
-        self._future.wait()
-        state = self._future.state
-        duration_s = max(0.0, ((state.timestamp or utc_now()) - self._started_at).total_seconds())
-        outcome = self._future.result(raise_on_failure=False)
-        attempts = _attempts.pop(str(self._future.task_run_id), 1)
+        """What the step hands on. Raises what it raised."""
+        error = self.finish()
+        if error is not None:
+            raise error
+        if not isinstance(self._ended, Outcome):
+            raise RolloutError(f"{self._name} never began, because a step before it failed.", where=self._name)
+        return self._ended.value
+
+    def finish(self) -> BaseException | None:
+        """Wait for the end and keep the report, once. Returns the failure; None as well for a step that never began."""
+        if self._ended is None:
+            self.future.wait()
+            if self.future.state.name == "NotReady":
+                return None
+            self._ended = self._keep_report()
+        return self._ended if isinstance(self._ended, BaseException) else None
+
+    def _keep_report(self) -> Outcome[T] | BaseException:
+        state = self.future.state
+        run_id = str(self.future.task_run_id)
+        started_at = _started.pop(run_id, self._submitted_at)
+        duration_s = max(0.0, ((state.timestamp or utc_now()) - started_at).total_seconds())
+        outcome = self.future.result(raise_on_failure=False)
+        attempts = _attempts.pop(run_id, 1)
         if isinstance(outcome, Outcome):
             self._story.keep(
                 StepReport(
                     name=self._name,
                     status=outcome.status,
-                    started_at=self._started_at,
+                    started_at=started_at,
                     duration_s=duration_s,
                     attempts=attempts,
                     summary=outcome.summary,
@@ -182,17 +220,17 @@ class Running(Generic[T]):
                     data=outcome.data,
                 )
             )
-            return outcome.value
+            return outcome
         error = outcome if isinstance(outcome, BaseException) else RolloutError(f"{self._name} ended as {state.name}")
         self._story.keep(
             StepReport(
                 name=self._name,
                 status=StepStatus.FAILED,
-                started_at=self._started_at,
+                started_at=started_at,
                 duration_s=duration_s,
                 attempts=attempts,
                 summary=str(error),
                 error=f"{type(error).__name__}: {error}",
             )
         )
-        raise error
+        return error

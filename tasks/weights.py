@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from prefect import get_run_logger
-from rollout.clients.layout import check_layout
-from rollout.layout import LayoutReport, require_valid
 
 from rollout.clients import transfer
+from rollout.clients.layout import check_layout
+from rollout.layout import LayoutReport, require_valid
 from rollout.model import PinnedModel
 from rollout.report import Action, Change, StepStatus
 from rollout.target import Target
 from rollout.transfer import Progress, TransferReport, TransferSpec
 from tasks.credentials import hub_token
 from tasks.step import Artifact, Outcome, ProgressBar, step
+
+_seconds_left: dict[str, float] = {}
+_ended: set[str] = set()
+"""By address of the weights, for the step that starts the node meanwhile: tasks of one flow run share the process."""
+
+
+def seconds_left(uri: str) -> float | None:
+    """How long the transfer to `uri` still takes at the rate that is measured; None before that is known."""
+    return _seconds_left.get(uri)
+
+
+def transfer_ended(uri: str) -> bool:
+    """Whether the transfer to `uri` is over in this process, well or badly."""
+    return uri in _ended
 
 
 @step("publish weights")
@@ -21,11 +35,14 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
     logger = get_run_logger()
     title = f"{model.repo_id}@{model.short_sha}"
     bar = ProgressBar("weights-progress", f"Weights of {title}")
+    uri = target.weights_uri(model.repo_id, model.commit_sha)
     tenths = 0
 
     def show(progress: Progress) -> None:
         nonlocal tenths
         bar.update(progress.share * 100)
+        if progress.seconds_left is not None:
+            _seconds_left[uri] = progress.seconds_left
         if int(progress.share * 10) > tenths:
             tenths = int(progress.share * 10)
             left = f"{progress.seconds_left:.0f} s left" if progress.seconds_left is not None else "starting"
@@ -37,7 +54,12 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
                 left,
             )
 
-    report = transfer.publish_weights(model, target, spec, token=hub_token(target), on_progress=show)
+    _ended.discard(uri)
+    _seconds_left.pop(uri, None)
+    try:
+        report = transfer.publish_weights(model, target, spec, token=hub_token(target), on_progress=show)
+    finally:
+        _ended.add(uri)
     bar.update(100.0)
     unchanged = report.status is StepStatus.UNCHANGED
     proof = f"{len(report.files)} files, {report.total_bytes / 1e9:.2f} GB, sha256 verified"

@@ -39,9 +39,11 @@ STEPS = [
     "approval",
     "provision bucket",
     "provision cluster",
+    "service account",
     "publish weights",
     "check layout",
     "workload identity",
+    "warm up node",
     "apply manifests",
     "wait until available",
     "smoke test",
@@ -61,7 +63,8 @@ def read(path: Path) -> dict[str, Any]:
 def test_rollout_rerun_and_teardown_tell_the_whole_story(stage: Stage) -> None:
     first = rollout_model(stage.request(), report_file=str(stage.report_file))
     assert first.verdict is Verdict.DONE
-    assert sorted(statuses(first)) == sorted(STEPS)
+    # A node is only warmed up, and released, when the transfer takes longer than the cluster.
+    assert sorted(statuses(first).keys() - {"release node"}) == sorted(STEPS)
     assert first.weights is not None
     assert all(file.sha256 for file in first.weights.files if file.path.endswith(".safetensors"))
     assert first.weights.bytes_sent >= first.weights.total_bytes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+
 import pytest
 from prefect import flow
 from prefect.artifacts import Artifact as StoredArtifact
@@ -93,3 +96,53 @@ def test_a_step_publishes_its_artifact() -> None:
     stored = StoredArtifact.get("shown-table")
     assert stored is not None
     assert "billing" in str(stored.data)
+
+
+def test_a_step_after_others_begins_when_they_have_ended_and_its_time_counts_from_there() -> None:
+    kept: list[tuple[StepReport, ...]] = []
+
+    @step("slow")
+    def slow() -> Outcome[None]:
+        time.sleep(0.3)
+        return Outcome(value=None, summary="")
+
+    @step("next")
+    def following() -> Outcome[None]:
+        return Outcome(value=None, summary="")
+
+    @flow
+    def tell() -> None:
+        story = Story(kept.append)
+        first = story.start(slow)
+        story.join(first, story.start(following, after=[first]))
+
+    tell()
+    first, second = kept[-1]
+    assert (first.name, second.name) == ("slow", "next")
+    assert second.started_at >= first.started_at + timedelta(seconds=0.3)
+
+
+def test_joined_steps_all_end_before_the_failure_of_one_is_raised_and_what_came_after_it_never_begins() -> None:
+    kept: list[tuple[StepReport, ...]] = []
+
+    @step("broken")
+    def broken() -> Outcome[None]:
+        raise BadInput("broken.")
+
+    @step("slow")
+    def slow() -> Outcome[None]:
+        time.sleep(0.3)
+        return Outcome(value=None, summary="")
+
+    @flow
+    def tell() -> None:
+        story = Story(kept.append)
+        first = story.start(broken)
+        story.join(first, story.start(slow, after=[first]), story.start(slow))
+
+    with pytest.raises(BadInput, match="broken"):
+        tell()
+    assert [(report.name, report.status) for report in kept[-1]] == [
+        ("broken", StepStatus.FAILED),
+        ("slow", StepStatus.DONE),
+    ]
