@@ -276,8 +276,9 @@ def precedence_greater(values: Floats, others: Floats, quantile: float) -> float
     k = max(1, math.ceil(quantile * m))
     threshold = np.sort(others)[k - 1]
     below = n - int((values > threshold).sum())
-    ways = math.comb(m + n, n)
-    return sum(math.comb(k - 1 + r, r) * math.comb(m - k + n - r, n - r) for r in range(below + 1)) / ways
+    log_ways = _log_choose(m + n, n)
+    arrangements = (_log_choose(k - 1 + r, r) + _log_choose(m - k + n - r, n - r) for r in range(below + 1))
+    return min(1.0, math.fsum(math.exp(log_count - log_ways) for log_count in arrangements))
 
 
 def binomial_at_least(hits: int, trials: int, share: float) -> float:
@@ -287,15 +288,13 @@ def binomial_at_least(hits: int, trials: int, share: float) -> float:
     if share <= 0:
         return 0.0
     log_share, log_rest = math.log(share), math.log1p(-share)
-    terms = (
-        math.lgamma(trials + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(trials - k + 1)
-        + k * log_share
-        + (trials - k) * log_rest
-        for k in range(hits, trials + 1)
-    )
+    terms = (_log_choose(trials, k) + k * log_share + (trials - k) * log_rest for k in range(hits, trials + 1))
     return min(1.0, math.fsum(math.exp(term) for term in terms))
+
+
+def _log_choose(n: int, k: int) -> float:
+    """Logarithm of the binomial coefficient: thousands of requests overflow a float."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
