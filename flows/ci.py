@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 from uuid import UUID
@@ -145,7 +146,9 @@ def _report(client: SyncPrefectClient, run_id: UUID) -> str:
             key=ArtifactFilterKey(any_=["rollout-report"]), flow_run_id=ArtifactFilterFlowRunId(any_=[run_id])
         )
     )
-    return str(found[-1].data) if found else ""
+    # A suspended run leaves a report of its own: the newest one has the verdict.
+    newest = max(found, key=lambda artifact: artifact.created or datetime.min.replace(tzinfo=UTC), default=None)
+    return "" if newest is None else str(newest.data)
 
 
 def run_on_server(

@@ -10,14 +10,16 @@ from rollout.preflight import CheckState
 from rollout.report import Action
 from rollout.values import content_digest, field_title
 
+_VERBS = {Action.CREATED: "create", Action.UPDATED: "update", Action.DELETED: "delete"}
+
 LISTED_CHANGES = 20
 """Of a rollout into an empty project there are about a dozen."""
 
 
 def approval_markdown(plan: RolloutPlan) -> str:
     """The plan for a narrow dialog: lists and no tables, the costs first. The whole plan is the artifact `plan`."""
-    acting = [change for change in plan.changes if change.action in (Action.CREATED, Action.UPDATED, Action.DELETED)]
-    counted = ", ".join(f"{count} {action.value}" for action, count in Counter(c.action for c in acting).items())
+    acting = [change for change in plan.changes if change.action in _VERBS]
+    counted = ", ".join(f"{count} to {_VERBS[action]}" for action, count in Counter(c.action for c in acting).items())
     price = "no price is known" if plan.usd_per_hour is None else f"{plan.usd_per_hour:,.2f} USD per hour"
     accelerator = plan.serving.accelerator
     lines = [
@@ -25,14 +27,14 @@ def approval_markdown(plan: RolloutPlan) -> str:
         "",
         f"- costs **{price}** while it runs: {plan.serving.replicas} × {accelerator.count} {accelerator.type}",
         f"- transfers **{plan.transfer_bytes / 1e9:.2f} GB** to `gs://{plan.target.bucket}`",
-        f"- changes **{counted or 'nothing'}**",
-        *(f"    - {c.action.value} {c.kind} `{c.name}`" for c in acting[:LISTED_CHANGES]),
+        f"- objectives: {_objectives(plan.policy.objectives)}",
+        f"- afterwards: teardown {plan.policy.teardown.value.replace('_', ' ')}",
+        *(f"- ⚠ {check.name}: {check.why}" for check in plan.checks if check.state is CheckState.WARNING),
+        f"- changes: **{counted or 'none'}**",
+        *(f"    - {_VERBS[c.action]} {c.kind} `{c.name}`" for c in acting[:LISTED_CHANGES]),
     ]
     if len(acting) > LISTED_CHANGES:
         lines.append(f"    - and {len(acting) - LISTED_CHANGES} more")
-    lines.append(f"- objectives: {_objectives(plan.policy.objectives)}")
-    lines.append(f"- afterwards: teardown {plan.policy.teardown.value.replace('_', ' ')}")
-    lines += [f"- ⚠ {check.name}: {check.why}" for check in plan.checks if check.state is CheckState.WARNING]
     if plan.object_diff:
         lines += ["", "What changes in the live objects:", "", plan.object_diff]
     lines += ["", "Nothing has changed yet. The whole plan is the artifact `plan` of this run."]

@@ -85,7 +85,7 @@ def test_a_deployment_is_suspended_and_continues_with_the_answer(client: SyncPre
     assert not StorageClient(stage.target).bucket_exists(), "nothing changes before the answer"
     assert suspended.state_details.pause_timeout is not None
     page = shown_to_the_approver(client, run.id)
-    for part in (TINY_REPO, "USD per hour", "GB", "created Deployment", "objectives"):
+    for part in (TINY_REPO, "USD per hour", "GB", "create Deployment", "objectives"):
         assert part in page
 
     assert answer(client, run.id, decision="approve", reason="looks right")["status"] == "ACCEPT"
