@@ -191,6 +191,7 @@ def main() -> None:
     """The console script. Every error ends in one message and an exit code that CI can act on."""
     # An ephemeral server (no PREFECT_API_URL) takes half a minute on a fresh home; Prefect's own limit is 20 s.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", "flows.terminal.Terminal")
     try:
         app()

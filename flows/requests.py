@@ -12,19 +12,24 @@ from rollout.errors import BadInput
 from rollout.ledger import applied, in_order
 from rollout.policy import RolloutPolicy
 from rollout.record import RolloutReport
-from rollout.request import RolloutRequest
+from rollout.request import RolloutRequest, resolve
 
 
 def request_of(model: str, target: str, revision: str | None = None, policy_file: Path | None = None) -> RolloutRequest:
-    """The request, with the policy of a YAML file or the default one. Raises `BadInput`."""
+    """The request, with the policy of a YAML file or the default one. Raises `BadInput`, also for what it names.
+
+    Its presets are loaded here already, so that a wrong name does not cost the start of a flow and its server.
+    """
     policy = RolloutPolicy()
     if policy_file is not None:
         try:
             data = yaml.safe_load(policy_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise BadInput(f"cannot read the policy: {error}", where=str(policy_file)) from error
         policy = validated(RolloutPolicy, data or {}, where=str(policy_file))
-    return RolloutRequest(model=model, target=target, revision=revision, policy=policy)
+    request = RolloutRequest(model=model, target=target, revision=revision, policy=policy)
+    resolve(request)
+    return request
 
 
 def rollback_request(request: RolloutRequest, to: str) -> RolloutRequest:

@@ -94,6 +94,11 @@ class Child:
 
 def _new_group_dying_with_parent() -> None:
     os.setsid()
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: let the kernel end the new process when this one ends, however it ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
