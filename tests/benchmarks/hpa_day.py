@@ -523,8 +523,8 @@ def report(rows: list[tuple[Arm, Results]], load: Load, peak: float, checked: st
         f"A saturated replica has about {ceiling:.0f} requests in flight and never more. A threshold within HPA's"
         " tolerance of 10 % of that asks for a second replica only when the metric touches its ceiling: so a threshold"
         " needs its buffer, however patient the target is. A queue has no such ceiling, and overshoots instead:"
-        " replicas that still start count as having none. No rule sees a burst before it comes: what doubles within two minutes"
-        " is over, or has queued, before a replica of ten minutes' start serves. Where that matters, raise"
+        " replicas that still start count as having none. No rule sees a burst before it comes: what doubles within two"
+        " minutes is over, or has queued, before a replica of ten minutes' start serves. Where that matters, raise"
         " `minReplicas` for the hours of bursts, or shorten the start.",
         "",
         "The curve of one replica:",
