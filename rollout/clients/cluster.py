@@ -265,6 +265,7 @@ class ClusterClient:
         """
         selector = ",".join(f"{key}={value}" for key, value in sorted(node_selector.items()))
         nodes = self.api.get("/api/v1/nodes", {"labelSelector": selector})["items"]
+        nodes = [node for node in nodes if not _repels(node, node_selector)]
         free = {node["metadata"]["name"]: _gpus(node["status"].get("allocatable")) for node in nodes}
         for pod in self.api.get("/api/v1/pods", {})["items"] if free else ():
             if pod["spec"].get("nodeName") in free and pod["status"].get("phase") in ("Pending", "Running"):
@@ -433,6 +434,16 @@ class ClusterClient:
             if any(owner["uid"] == uid for owner in item["metadata"].get("ownerReferences") or [])
         ]
         return sorted(owned, key=_revision_number, reverse=True)
+
+
+def _repels(node: KubernetesObject, node_selector: Mapping[str, str]) -> bool:
+    """Whether a taint keeps pods with that selector away: not the GPU's own, and not that of the class they select."""
+    taints = node["spec"].get("taints") or ()
+    tolerated = {("nvidia.com/gpu", "present"), *node_selector.items()}
+    return any(
+        taint["effect"] != "PreferNoSchedule" and (taint["key"], taint.get("value")) not in tolerated
+        for taint in taints
+    )
 
 
 def _gpus(amounts: Mapping[str, str] | None) -> int:

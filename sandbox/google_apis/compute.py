@@ -1,8 +1,8 @@
 """Compute Engine v1, read only: the region and its quota, accelerators, machine types and disks.
 
-Simulated: `regions.get` with GPU quotas and their use by node pools and nodes, `acceleratorTypes` and `disks` by zone and
-aggregated (with `labels.key=value` filters), `machineTypes.get`. Other stand-ins register the disks that volumes make.
-Not simulated: everything that changes something, paging (one page holds all), other filters (400).
+Simulated: `regions.get` with GPU quotas and their use by node pools and nodes, `acceleratorTypes` and `disks` by zone
+and aggregated (with `labels.key=value` filters), `machineTypes.get`. Others register the disks that volumes make. Not
+simulated: everything that changes something, paging (one page holds all), other filters (400).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from kubernetes.client import ApiClient, Configuration
 
-from rollout.clients.cluster import ClusterClient
+from rollout.clients.cluster import ClusterClient, NodeRoom
 from rollout.clients.cluster_api import ClusterApi
 from rollout.clients.cluster_wait import LogLine, Progress, ServerDoesNotStart
 from rollout.clients.gke import Gke
@@ -48,6 +48,7 @@ from rollout.serving import ServingSpec
 from rollout.target import Cluster, ClusterMode, Target
 from rollout.waterfall import Stage
 from sandbox.cluster import KubernetesServer, NodeSettings
+from sandbox.cluster.nodes import Machine
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("pod_program.py")))
 DEADLINE_S = 120.0
@@ -367,6 +368,27 @@ def test_an_apply_leaves_an_autoscalers_replicas_alone(client: ClusterClient) ->
     assert actions(client.apply(manifests))["Deployment"] is Action.UNCHANGED
     assert actions(client.apply(plan(client, max_model_len=8192)))["Deployment"] is Action.UPDATED
     assert live(client, deployment)["spec"]["replicas"] == 2
+
+
+def test_free_gpus_are_counted_where_pods_may_go(tmp_path: Path) -> None:
+    machine = Machine("a3-edgegpu-8g-nolssd", 208, 1872, "nvidia-h100-80gb", 8)
+    by_class = {"cloud.google.com/compute-class": "edge"}
+    by_label = {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    with start_sandbox(tmp_path) as server:
+        environment = Environment(str(server.kubeconfig(tmp_path / "kubeconfig")), server, has_controllers=True)
+        client = environment.client()
+        server.add_node(machine, "edge")
+        assert client.gpu_room(by_class, 3) == NodeRoom(nodes=1, idle_gpus=6)
+        # Its taint keeps other pods away, although the node has the accelerator's label.
+        assert client.gpu_room(by_label, 1) == NodeRoom(nodes=0, idle_gpus=0)
+        server.add_node(machine)
+        assert client.gpu_room(by_label, 1) == NodeRoom(nodes=1, idle_gpus=8)
+        holder = program(client, "serve")
+        requests = {"requests": {"nvidia.com/gpu": "3"}, "limits": {"nvidia.com/gpu": "3"}}
+        holder["spec"]["template"]["spec"]["containers"][0]["resources"] = requests
+        client.apply([namespace_of(client), holder])
+        client.wait_available("web", deadline_s=DEADLINE_S)
+        assert client.gpu_room(by_label, 1).idle_gpus == 5
 
 
 def test_a_refused_object_stops_everything_before_anything_changes(client: ClusterClient) -> None:
