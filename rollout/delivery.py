@@ -329,3 +329,8 @@ class DeliveryReport(Value):
     outcome: Outcome = Outcome.UNDER_WAY
     reason: str = ""
     steps: tuple[StepOutcome, ...] = ()
+
+    @property
+    def is_beside_live(self) -> bool:
+        """Whether the delivery stopped halfway, with another revision to lead the traffic back to."""
+        return self.outcome is Outcome.UNDER_WAY and self.live_before not in (None, self.revision)

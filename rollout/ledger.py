@@ -216,6 +216,9 @@ def _reason(report: RolloutReport) -> Leftover | None:
     if report.teardown is not None:
         return Leftover.UNFINISHED_TEARDOWN if report.teardown.left else None
     assert report.plan is not None, "only records with a plan have an instance"
+    beside_live = report.delivery is not None and report.delivery.is_beside_live
+    if report.verdict is Verdict.ROLLED_BACK or beside_live:
+        return None  # what serves was there before this rollout
     policy = report.plan.policy.teardown
     failed = report.verdict in (Verdict.RUNNING, Verdict.FAILED, Verdict.OBJECTIVES_MISSED)
     dead = policy is Teardown.ALWAYS or (policy is Teardown.ON_FAILURE and failed)

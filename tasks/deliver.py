@@ -198,17 +198,20 @@ class _StepWatch:
     def _probe_up_to(self, size: int, prober: Prober) -> Order | None:
         """Probes until the sample has `size` requests, or until the operator decides."""
         rate = probe_rate_per_s(self._at, self._strategy.probes)
-        while (missing := size - self._canary.requests) > 0:
+        order = self._traffic.order(self._revision)
+        while (missing := size - self._canary.requests) > 0 and not self._ends_step(order):
             prober.probe(min(missing, max(1, int(rate * ORDER_POLL_S))), rate)
-            order = self._traffic.order(self._revision)
-            if self._ends_step(order):
-                return order
-        return self._traffic.order(self._revision)
+            order = self._wait_until(self._canary.requests / rate)
+        return order
 
     def _sit_out(self) -> Order | None:
         """What is left of the step's duration; ends early by the operator's word."""
+        return self._wait_until(self._at.duration_s)
+
+    def _wait_until(self, elapsed_s: float) -> Order | None:
+        """Wait until the step has lasted so long, or until the operator ends it; returns the operator's word."""
         order = self._traffic.order(self._revision)
-        while not self._ends_step(order) and (left := self._at.duration_s - self._elapsed_s()) > 0:
+        while (left := elapsed_s - self._elapsed_s()) > 0 and not self._ends_step(order):
             time.sleep(min(left, ORDER_POLL_S))
             order = self._traffic.order(self._revision)
         return order

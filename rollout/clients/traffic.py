@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from rollout.clients.cluster import ClusterClient
-from rollout.delivery import IN_PLACE, ORDER_ANNOTATION, GatewayRef, Order, suffixed
+from rollout.delivery import IN_PLACE, ORDER_ANNOTATION, DeliveryReport, GatewayRef, Order, suffixed
 from rollout.errors import BadInput, ClusterUnreachable, DeadlineExceeded, NotFound
 from rollout.plan import RolloutPlan
 from rollout.rendering import KubernetesObject
@@ -144,6 +144,18 @@ class TrafficClient:
     def retire(self, revision: str) -> tuple[Change, ...]:
         """Delete the revision's objects, and wait until its pods have gone. It must have no traffic any more."""
         return self._cluster.delete(self.objects_of(revision))
+
+    def undo(self, report: DeliveryReport) -> tuple[Change, ...]:
+        """Take back a delivery that its run cannot take back any more; nothing happens where there is nothing to undo.
+
+        Asks the cluster first: a later rollout may have finished what this one began.
+        """
+        if report.live_before is None or not report.is_beside_live:
+            return ()
+        traffic = self.read()
+        if not {report.live_before, report.revision} <= set(traffic.revisions):
+            return ()
+        return self.restore(report.live_before) + self.retire(report.revision)
 
     # --- Parts --------------------------------------------------------------------------------------------------------
 
