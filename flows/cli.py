@@ -56,6 +56,14 @@ PolicyOption = Annotated[
 ]
 DEFAULT_REPORT = Path("out/report.json")
 
+DEFAULTS = {
+    # A server of its own (no PREFECT_API_URL) takes half a minute on a fresh home; Prefect's own limit is 20 s.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS": "flows.terminal.Terminal",
+}
+"""Prefect's settings on the command line, unless the environment says otherwise."""
+
 _PREFECT_IS_AWAY = "Failed to reach API at "
 """How Prefect's client begins the RuntimeError that it raises before a flow starts, when no server answers."""
 
@@ -189,10 +197,8 @@ operations_cli.mount(app)
 
 def main() -> None:
     """The console script. Every error ends in one message and an exit code that CI can act on."""
-    # An ephemeral server (no PREFECT_API_URL) takes half a minute on a fresh home; Prefect's own limit is 20 s.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", "flows.terminal.Terminal")
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except RolloutError as error:

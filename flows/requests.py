@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from rollout.catalog import load_model, load_target, validated
+from rollout.catalog import load_model, load_target, unreadable, validated
 from rollout.clients.records import RecordStore
 from rollout.errors import BadInput
 from rollout.ledger import applied, in_order
@@ -24,8 +24,10 @@ def request_of(model: str, target: str, revision: str | None = None, policy_file
     if policy_file is not None:
         try:
             data = yaml.safe_load(policy_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadInput(f"cannot read the policy: {error}", where=str(policy_file)) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"cannot read the policy: {unreadable(error)}.", where=str(policy_file)) from error
+        except yaml.YAMLError as error:
+            raise BadInput(f"the policy is not valid YAML: {error}", where=str(policy_file)) from error
         policy = validated(RolloutPolicy, data or {}, where=str(policy_file))
     request = RolloutRequest(model=model, target=target, revision=revision, policy=policy)
     resolve(request)

@@ -58,14 +58,19 @@ def explain(error: ValidationError) -> str:
     )
 
 
+def unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Why a text file could not be read, in a few words."""
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
 def _load(folder: str, name_or_path: str, kind: type[PresetT]) -> PresetT:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:
         try:
             text = path.read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise BadInput(
-                f"cannot read the file: {error.strerror}.",
+                f"cannot read the file: {unreadable(error)}.",
                 where=name_or_path,
                 resolution=f"Give a readable file, or one of: {', '.join(known(folder))}.",
             ) from error

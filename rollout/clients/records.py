@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rollout.catalog import explain
+from rollout.catalog import explain, unreadable
 from rollout.clients.storage import StorageClient
 from rollout.errors import BadInput
 from rollout.ledger import still_owned
@@ -32,9 +32,11 @@ def read_local(path: Path) -> RolloutReport:
     """The record in that file. Raises `BadInput` for a file that is no record."""
     try:
         return RolloutReport.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"cannot read the record: {error.strerror}.", where=str(path), resolution="Give the path of a report.json."
+            f"cannot read the record: {unreadable(error)}.",
+            where=str(path),
+            resolution="Give the path of a report.json.",
         ) from error
     except ValidationError as error:
         raise BadInput(f"not a record of a rollout: {explain(error)}", where=str(path)) from error
