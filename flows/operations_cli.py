@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -52,11 +54,18 @@ def bootstrap(
 def told_to_ci(record: Path, *, junit: Path | None, summary: Path | None) -> Iterator[None]:
     """Write what CI asked for, from the record on disk; whether the block succeeds, fails or is killed."""
     before = _written_at(record)
+    # Prefect lets the flow tear down after a SIGTERM, and then hands the signal on to the handler from before: the
+    # default one would end the process on the spot.
+    signal.signal(signal.SIGTERM, _exit_as_terminated)
     try:
         yield
     finally:
         if _written_at(record) != before:  # an earlier rollout's record must not speak for this one
             _tell(record, junit, summary)
+
+
+def _exit_as_terminated(number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _written_at(path: Path) -> int | None:
@@ -103,8 +112,8 @@ def run(
     request = {} if revision is None else {"revision": revision}
     try:
         done = run_on_server(deployment, request, idempotency_key=key, deadline_s=wait, say=typer.echo)
-    except GivenUp as signal:
-        typer.echo(f"{signal}: gave up", err=True)
+    except GivenUp as given_up:
+        typer.echo(f"{given_up}: gave up", err=True)
         raise typer.Exit(1) from None
     if summary is not None and done.summary:
         _append(summary, done.summary)

@@ -52,5 +52,11 @@ def shown_digest(plan: RolloutPlan) -> str:
 def _objectives(objectives: Objectives) -> str:
     limits = [f"{limit.metric.value} {limit.percentile.value} ≤ {limit.limit_s:g} s" for limit in objectives.latencies]
     others = objectives.model_dump(mode="json", exclude={"latencies"}, exclude_none=True)
-    limits += [f"{field_title(name).lower()} {value}" for name, value in others.items() if value not in ((), [], {})]
+    limits += [f"{field_title(name).lower()} {_text(value)}" for name, value in others.items() if value not in ([], {})]
     return "; ".join(limits) or "none"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part}" for key, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -18,9 +18,10 @@ from prefect.flow_engine import run_flow
 from flows.bootstrap import bootstrap
 from flows.ci import wait
 from flows.rollout_model import rollout_model
+from rollout.clients.hub import HubClient
 from rollout.clients.storage import StorageClient
 from rollout.errors import ExitCode, NotApproved
-from rollout.plan import RolloutPlan
+from rollout.plan import Observation, RolloutPlan, make_plan
 from rollout.policy import Approval
 from rollout.report import StepReport, StepStatus
 from rollout.request import RolloutRequest, resolve
@@ -148,9 +149,6 @@ def ask(plan: RolloutPlan) -> list[StepReport]:
 
 
 def plan_for(stage: Stage, **policy: Any) -> RolloutPlan:
-    from rollout.clients.hub import HubClient
-    from rollout.plan import Observation, make_plan
-
     spec = resolve(stage.request(**policy))
     pinned = HubClient(spec.target.hub_endpoint, None).pin(spec.model)
     return make_plan(pinned, spec.serving, spec.target, spec.policy, Observation(), [])

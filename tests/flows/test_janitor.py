@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Running
@@ -18,9 +19,10 @@ from flows.rollout_model import rollout_model
 from rollout.clients.cluster import APPLY_PATCH, ClusterClient
 from rollout.clients.gke import Gke
 from rollout.clients.records import RecordStore
+from rollout.clients.storage import StorageClient
 from rollout.ledger import EXPIRY_ANNOTATION, serving_now
 from rollout.policy import Teardown
-from rollout.record import RolloutReport, Verdict
+from rollout.record import RECORDS_PREFIX, RolloutReport, Verdict
 from rollout.report import utc_now
 from tasks.janitor import SILENCE, find_zombies
 from tests.flows.conftest import Stage
@@ -52,9 +54,6 @@ def forget_the_end(stage: Stage, report: RolloutReport, client: SyncPrefectClien
 
 
 def remove_record(stage: Stage, report: RolloutReport) -> None:
-    from rollout.clients.storage import StorageClient
-    from rollout.record import RECORDS_PREFIX
-
     stamp = f"{report.started_at:%Y%m%dT%H%M%S}"
     storage = StorageClient(stage.target)
     for stored in storage.list_objects(f"{RECORDS_PREFIX}{stamp}"):
@@ -141,8 +140,6 @@ def test_a_run_without_sign_of_life_is_marked_as_crashed(stage: Stage, client: S
 
 
 def zombies(stage: Stage, now: Any) -> tuple[str, ...]:
-    from prefect import flow
-
     @flow
     def look() -> tuple[str, ...]:
         return find_zombies(str(stage.target_file), now).value
