@@ -107,16 +107,6 @@ class Curve(Value):
         return max((point.output_tokens_per_s for point in self.points), default=0.0)
 
 
-class HpaSuggestion(Value):
-    """What a HorizontalPodAutoscaler should hold."""
-
-    metric: str
-    """vLLM's name of it."""
-    average_value: float
-    """Per replica."""
-    reason: str
-
-
 def is_sustained(stage: Stage, plateau_ttft_s: float | None) -> bool:
     """Whether the server kept up with the stage; `plateau_ttft_s` is the median TTFT without load."""
     if stage.failed_share > FAILED_SHARE_AT_MOST or stage.follows < _least_follows(stage):
@@ -339,30 +329,6 @@ def replicas_for(
     """Replicas for a demand in requests/s, each at its operating rate; None if one replica cannot meet the limits."""
     each = operating_rate(stages, limits, utilisation=utilisation)
     return max(1, math.ceil(demand_per_s / each - 1e-9)) if each > 0 else None
-
-
-def hpa_suggestion(
-    stages: Sequence[Stage], limits: Sequence[LatencyLimit] = (), *, utilisation: float = TARGET_UTILISATION
-) -> HpaSuggestion | None:
-    """Threshold and metric for the HPA; None if no rate meets the limits.
-
-    On the number of running requests: unlike requests/s it does not depend on how long requests are, unlike GPU
-    utilisation it is not 100 % from the first request on, and unlike the queue it rises before users wait.
-    https://cloud.google.com/kubernetes-engine/docs/best-practices/machine-learning/inference/autoscaling
-    """
-    rate = operating_rate(stages, limits, utilisation=utilisation)
-    in_flight: dict[float, list[float]] = {}
-    for stage in stages:
-        in_flight.setdefault(round(stage.rate_per_s, 6), []).append(stage.concurrency_mean)
-    if rate <= 0 or not in_flight:
-        return None
-    pairs = [(0.0, 0.0), *((each, _median(in_flight[each])) for each in sorted(in_flight))]
-    running = _linear(pairs, rate)
-    return HpaSuggestion(
-        metric="vllm:num_requests_running",
-        average_value=max(1.0, math.floor(running)),
-        reason=f"{running:.3g} requests run at {rate:.3g} requests/s, the operating point of one replica",
-    )
 
 
 def _linear(pairs: Sequence[tuple[float, float]], x: float) -> float:

@@ -1,8 +1,8 @@
 """What sizing needs of a model: how large its weights are, the shape of its KV cache, whether its licence is gated.
 
 For models that a plan has pinned, both come from the hub. The table below is for work without a network: the models of
-the quickstart's examples and of our presets. Sizes and shapes are those of the repositories' `config.json` and
-`model.safetensors.index.json`; Gemma 4's are rounded from its published parameter counts. Read 2026-11.
+the quickstart's examples and of our presets. It was written down without a connection to the hub: take it for an
+estimate, and `--from-hub` (or a plan) for the repositories' own `config.json` and index.
 """
 
 from __future__ import annotations

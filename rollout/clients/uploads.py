@@ -1,8 +1,8 @@
 """Bulk uploads through the XML API: whole small objects, and multipart uploads whose parts go out in parallel.
 
 Three properties of the service shape what is built on this (https://cloud.google.com/storage/docs/multipart-uploads):
-multipart uploads take no preconditions, completing one overwrites what has the name, and etags of parts are opaque. So an
-upload never has a final name, and `rollout.clients.transfer` moves the object there once it is proven.
+multipart uploads take no preconditions, completing one overwrites what has the name, and etags of parts are opaque.
+So an upload never has a final name, and `rollout.clients.transfer` moves the object there once it is proven.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from rollout.curve import (
     build_curve,
     headroom,
     highest_rate_within,
-    hpa_suggestion,
     interpolate,
     operating_rate,
     replicas_for,
@@ -101,7 +100,6 @@ def test_errors_count_as_overload_however_fast_they_come() -> None:
 def test_no_stages_give_no_curve() -> None:
     assert build_curve([]).not_reached == "no stage was measured"
     assert headroom([], 1) == -np.inf
-    assert hpa_suggestion([]) is None
 
 
 def ttft_within(limit_s: float) -> list[LatencyLimit]:
@@ -124,14 +122,6 @@ def test_replicas_cover_the_demand_at_their_operating_rate() -> None:
     assert replicas_for(1, stages, ttft_within(0.001)) is None
     assert headroom(stages, 8) == pytest.approx(0.2)
     assert headroom(stages, 12) == pytest.approx(-0.2)
-
-
-def test_hpa_scales_on_running_requests_at_the_operating_point() -> None:
-    stages = [QueueServer(10).stage(rate) for rate in (1, 4, 8, 9.7, 10.8)]
-    suggestion = hpa_suggestion(stages)
-    assert suggestion is not None
-    assert suggestion.metric == "vllm:num_requests_running"
-    assert suggestion.average_value == pytest.approx(stages[2].concurrency_mean, abs=1)
 
 
 def simulated_stage(parameters: EngineParameters, rate: float, duration: float, repeat: int) -> Stage:
