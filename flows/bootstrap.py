@@ -89,7 +89,10 @@ def bootstrap(
         if notify is not None:
             block_id = _notification_block(notify)
             changes += [_ensure_automation(client, automation) for automation in notifications(block_id)]
-    return tuple({(change.kind, change.name): change for change in reversed(changes)}.values())[::-1]
+    unique: dict[tuple[str, str], Change] = {}
+    for change in changes:  # several targets may share a Secret block
+        unique.setdefault((change.kind, change.name), change)
+    return tuple(unique.values())
 
 
 def cluster_pool_template() -> dict[str, Any]:
