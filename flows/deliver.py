@@ -60,7 +60,9 @@ def take_over(plan: RolloutPlan, traffic: Traffic, record: Record, verify: Verif
     """From nothing to all of the traffic, or back to nothing."""
     story = record.story
     steps = delivery_steps(plan.policy.delivery, has_live=traffic.live is not None)
-    deployed = revision_plan(plan, replicas=replicas_at(steps[0], plan))
+    # A load sweep measures the whole revision, since its objectives are about all replicas.
+    first = plan.serving.replicas if plan.policy.benchmark else replicas_at(steps[0], plan)
+    deployed = revision_plan(plan, replicas=first)
     story.run(apply_manifests, deployed)
     record.milestone()
     with rolled_back_on_failure(plan, traffic.live, record):
@@ -93,12 +95,14 @@ def take_step(
 def scaled(plan: RolloutPlan, deployed: RolloutPlan, step: DeliveryStep, record: Record) -> RolloutPlan:
     """The revision with the pods that the step needs; it gets its share only once they are there."""
     wanted = replicas_at(step, plan)
+    if plan.policy.delivery.gateway is not None:
+        wanted = max(wanted, deployed.serving.replicas)  # more pods than needed do no harm there
     if wanted == deployed.serving.replicas:
         return deployed
-    larger = revision_plan(plan, replicas=wanted)
-    record.story.run(apply_manifests, larger)
-    record.story.run(wait_until_available, larger)
-    return larger
+    resized = revision_plan(plan, replicas=wanted)
+    record.story.run(apply_manifests, resized)
+    record.story.run(wait_until_available, resized)
+    return resized
 
 
 def replicas_at(step: DeliveryStep, plan: RolloutPlan) -> int:

@@ -19,7 +19,7 @@ from rollout.objects import INSTANCE_LABEL, MANAGED_BY_LABEL, MANAGER, ownership
 from rollout.plan import RolloutPlan
 from rollout.rendering import KubernetesObject, read_manifests, render
 from rollout.serving import ServingSpec
-from rollout.target import Target
+from rollout.target import ClusterMode, Target
 
 REVISION_LABEL = "llm-rollout.dev/revision"
 LIVE_ANNOTATION = "llm-rollout.dev/live-revision"
@@ -36,8 +36,11 @@ def planned_objects(
         return in_place
     revision = revision_name(_deployment(in_place))
     objects = serving_objects(model, revised(serving, revision), target, rollout_id=rollout_id)
-    gateway = _gateway(strategy.gateway, target, rollout_id) if strategy.gateway else ()
-    return (*(_of_revision(item, serving.name, revision) for item in objects), *gateway)
+    own = [_of_revision(item, serving.name, revision) for item in objects]
+    if strategy.gateway is None:
+        return tuple(own)
+    own += health_checks(serving, target, revision, rollout_id=rollout_id)
+    return (*own, *_gateway(strategy.gateway, target, rollout_id))
 
 
 def revision_of_plan(plan: RolloutPlan) -> str:
@@ -98,6 +101,21 @@ def backend_name(serving: ServingSpec, revision: str) -> str:
     if revision == IN_PLACE:
         return f"{serving.service_name[: 62 - len(IN_PLACE)]}-{IN_PLACE}"
     return suffixed(serving.service_name, revision)
+
+
+def health_checks(
+    serving: ServingSpec, target: Target, revision: str, *, rollout_id: str
+) -> tuple[KubernetesObject, ...]:
+    """How GKE's load balancer asks whether a revision is well; other clusters' gateways ask Kubernetes."""
+    if target.cluster.mode is ClusterMode.KUBECONFIG:
+        return ()
+    values = {
+        "service_name": backend_name(serving, revision),
+        "namespace": target.namespace,
+        "labels": ownership_labels(rollout_id, instance=serving.name) | {REVISION_LABEL: revision},
+        "port": serving.port,
+    }
+    return render(read_manifests(["health-check-policy.yaml"]), values)
 
 
 def revision_selector(serving: ServingSpec, revision: str) -> dict[str, str]:

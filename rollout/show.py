@@ -32,6 +32,7 @@ def plan_markdown(plan: RolloutPlan) -> str:
         ("served as", f"`{plan.serving.served_model_name}` by `{plan.serving.image}`"),
         ("accelerators", f"{plan.serving.replicas} × {plan.serving.accelerator.count} {plan.serving.accelerator.type}"),
         ("cost while running", price),
+        ("delivery", plan.policy.delivery.kind.value.replace("_", "/")),
         ("target", f"{plan.target.project} / {plan.target.region} / {plan.target.cluster.name}"),
     ]
     parts = [

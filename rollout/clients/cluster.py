@@ -75,6 +75,7 @@ _KINDS = (
     ("inference.networking.k8s.io/v1", "InferencePool"),
     ("gateway.networking.k8s.io/v1", "Gateway"),
     ("gateway.networking.k8s.io/v1", "HTTPRoute"),
+    ("networking.gke.io/v1", "HealthCheckPolicy"),
 )
 """What a rollout can leave behind, in the order of application. Kinds that are not installed are passed over."""
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from rollout.clients.cluster import ClusterClient
 from rollout.delivery import IN_PLACE, ORDER_ANNOTATION, DeliveryReport, GatewayRef, Order, suffixed
 from rollout.errors import BadInput, ClusterUnreachable, DeadlineExceeded, NotFound
+from rollout.objects import is_ours
 from rollout.plan import RolloutPlan
 from rollout.rendering import KubernetesObject
 from rollout.report import Change
@@ -20,6 +21,7 @@ from rollout.revisions import (
     LIVE_ANNOTATION,
     backend_service,
     front_service,
+    health_checks,
     http_route,
     revision_of,
     revision_selector,
@@ -68,12 +70,13 @@ class TrafficClient:
     def read(self) -> Traffic:
         """Ask the cluster: nothing about the traffic is remembered elsewhere, so a dead run loses nothing.
 
-        Raises BadInput if the strategy names a Gateway that the cluster cannot have.
+        Raises BadInput if the strategy names a Gateway that the cluster cannot have, or none where one leads the way.
         """
         revisions = revisions_in(self._ours(), self._serving)
         service = self._find("v1", "Service", self._serving.service_name)
         live = _live(service, revisions) if service else None
         if self._gateway is None:
+            self._require_no_route()
             return Traffic(live=live, weights={live: 100} if live else {}, revisions=tuple(sorted(revisions)))
         self._require_gateway()
         route = self._find(*_ROUTE, self._serving.name)
@@ -119,6 +122,8 @@ class TrafficClient:
             # An in-place Deployment has only the front Service, which is about to lead elsewhere.
             front.append(backend_service(self._plan, IN_PLACE))
         if self._gateway is not None:
+            if IN_PLACE in weights:
+                front += health_checks(self._serving, self._plan.target, IN_PLACE, rollout_id=self._plan.rollout_id)
             front.append(http_route(self._plan, self._gateway, weights))
         front.append(front_service(self._plan, live, selector))
         changes = self._cluster.apply(front)
@@ -207,6 +212,19 @@ class TrafficClient:
                 resolution="Enable it (gcloud container clusters update … --gateway-api=standard), or leave"
                 " policy.delivery.gateway out: then the Service moves.",
             ) from error
+
+    def _require_no_route(self) -> None:
+        """Clients of a Gateway would stay with a revision that is about to go."""
+        try:
+            route = self._find(*_ROUTE, self._serving.name)
+        except NotFound:
+            return  # no Gateway API, no route
+        if route is not None and is_ours(route):
+            raise BadInput(
+                f"HTTPRoute {self._serving.name} leads clients to the revisions, and the strategy names no Gateway.",
+                where=f"target {self._plan.target.name}, policy.delivery.gateway",
+                resolution="Name the Gateway, or delete the route once no client comes in by it any more.",
+            )
 
     def _ours(self) -> tuple[KubernetesObject, ...]:
         return self._cluster.inventory()

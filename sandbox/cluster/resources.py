@@ -229,6 +229,15 @@ CUSTOM: tuple[Resource, ...] = (
         required=("spec",),
     ),
     Resource(
+        "networking.gke.io",
+        "v1",
+        "HealthCheckPolicy",
+        "healthcheckpolicies",
+        subresources=("status",),
+        has_generation=True,
+        required=("spec.targetRef",),
+    ),
+    Resource(
         "inference.networking.k8s.io",
         "v1",
         "InferencePool",

@@ -283,6 +283,9 @@ def test_a_gateway_is_planned_only_where_the_rollout_makes_it() -> None:
 
     assert "Gateway" not in kinds(GatewayRef(name="theirs"))
     assert kinds(GatewayRef(name="ours", class_name="gke-l7-rilb")).count("Gateway") == 1
+    # GKE's load balancer must ask /health, wherever the Gateway comes from.
+    assert "HealthCheckPolicy" in kinds(GatewayRef(name="theirs"))
+    assert "HealthCheckPolicy" not in [item["kind"] for item in plan_of().objects]
 
 
 def test_the_route_holds_the_weights_and_they_can_be_read_back() -> None:
