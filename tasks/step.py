@@ -27,6 +27,7 @@ from prefect.states import State
 from prefect.tasks import Task, exponential_backoff
 
 from rollout.errors import RolloutError, TransientError
+from rollout.pictures import data_uri
 from rollout.report import Change, StepReport, StepStatus, utc_now
 
 P = ParamSpec("P")
@@ -49,16 +50,15 @@ class Artifact:
     description: str
     markdown: str | None = None
     table: list[dict[str, Any]] | None = None
-    image_url: str | None = None
-    """An address that a browser can show; a `data:` address holds the picture itself."""
+    png: bytes | None = None
 
     def publish(self) -> None:
         if self.table is not None:
             create_table_artifact(table=self.table, key=self.key, description=self.description)
         if self.markdown is not None:
             create_markdown_artifact(markdown=self.markdown, key=self.key, description=self.description)
-        if self.image_url is not None:
-            create_image_artifact(image_url=self.image_url, key=self.key, description=self.description)
+        if self.png is not None:
+            create_image_artifact(image_url=data_uri(self.png), key=self.key, description=self.description)
 
 
 class ProgressBar:
