@@ -30,7 +30,7 @@ from tasks.record import Record, recorded
 from tasks.serve import apply_manifests, wait_until_available
 from tasks.step import Running, Story
 from tasks.teardown import require_nothing_left, tear_down_rollout
-from tasks.verify import benchmark_model, judge_objectives, pictures_of, require_met, require_passed, smoke_test
+from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
 from tasks.warm_up import release_node, warm_up_node
 from tasks.weights import check_weights_layout, publish_weights
 
@@ -130,7 +130,6 @@ def verify(plan: RolloutPlan, record: Record) -> None:
         return
     benchmark = story.run(benchmark_model, plan, start.pods, plan.policy.benchmark)
     record.keep(benchmark=benchmark)
-    record.attach(pictures_of(plan, benchmark))
     verdict = story.run(judge_objectives, plan, smoke, benchmark)
     record.keep(objectives=verdict)
     require_met(verdict)

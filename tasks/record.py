@@ -36,7 +36,7 @@ class Record:
         self._path = path
         self._earlier = report.steps
         self._in_bucket = False
-        self.story = Story(self._keep_steps)
+        self.story = Story(self._keep_steps, self._keep_picture)
 
     @property
     def report(self) -> RolloutReport:
@@ -48,12 +48,6 @@ class Record:
         self._report = self._report.model_copy(update={"duration_s": elapsed_s, **fields})
         if self._path is not None:
             write_local(self._report, self._path)
-
-    def attach(self, pictures: dict[str, bytes]) -> None:
-        """Put PNG files beside the local record: `<record>-<name>.png`."""
-        if self._path is not None:
-            for name, png in pictures.items():
-                self._path.with_name(f"{self._path.stem}-{name}.png").write_bytes(png)
 
     def milestone(self) -> None:
         """Write the record to the bucket; where there is none (any more), the local one stands."""
@@ -68,6 +62,11 @@ class Record:
                 self.milestone()
             except RolloutError as error:
                 get_run_logger().warning("the bucket's record lacks its verdict: %s", error)
+
+    def _keep_picture(self, key: str, png: bytes) -> None:
+        """Beside the local record: `<record>-<key>.png`."""
+        if self._path is not None:
+            self._path.with_name(f"{self._path.stem}-{key}.png").write_bytes(png)
 
     def _keep_steps(self, steps: tuple[StepReport, ...]) -> None:
         self.keep(steps=self._earlier + steps)

@@ -131,11 +131,19 @@ def step(name: str, *, retries: int = 4) -> Callable[[Callable[P, Outcome[T]]], 
 
 
 class Story:
-    """Runs steps and keeps their reports; `on_report` is told after each, so that a killed run leaves its story."""
+    """Runs steps and keeps their reports; `on_report` is told after each, so that a killed run leaves its story.
 
-    def __init__(self, on_report: Callable[[tuple[StepReport, ...]], None]) -> None:
+    `on_picture` gets the key and the PNG of every picture that a step made.
+    """
+
+    def __init__(
+        self,
+        on_report: Callable[[tuple[StepReport, ...]], None],
+        on_picture: Callable[[str, bytes], None] = lambda _key, _png: None,
+    ) -> None:
         self._reports: list[StepReport] = []
         self._on_report = on_report
+        self.on_picture = on_picture
 
     @property
     def reports(self) -> tuple[StepReport, ...]:
@@ -220,6 +228,9 @@ class Running(Generic[T]):
                     data=outcome.data,
                 )
             )
+            for picture in outcome.pictures:
+                if picture.png is not None:
+                    self._story.on_picture(picture.key, picture.png)
             return outcome
         error = outcome if isinstance(outcome, BaseException) else RolloutError(f"{self._name} ended as {state.name}")
         self._story.keep(

@@ -15,7 +15,7 @@ from rollout.cost import TokenCost, cost_at_knee
 from rollout.errors import ObjectivesMissed, SmokeFailed
 from rollout.history import CurveRecord, keep, last_good, records_of
 from rollout.objectives import Verdict, judge
-from rollout.pictures import data_uri, latency_over_throughput, tokens_over_rate, ttft_over_rate
+from rollout.pictures import latency_over_throughput, tokens_over_rate, ttft_over_rate
 from rollout.plan import RolloutPlan, known_price
 from rollout.report import StepStatus
 from rollout.show import benchmark_markdown, curve_summary, verdict_markdown
@@ -92,8 +92,8 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
         data={"stages_measured": measured, "stages_kept": len(completed)},
         artifact=Artifact("benchmark", f"Load sweep of {environment.model}", markdown=benchmark_markdown(report)),
         pictures=tuple(
-            Artifact(f"benchmark-{name}", f"Load sweep of {environment.model}: {name}", image_url=data_uri(png))
-            for name, png in pictures_of(plan, report).items()
+            Artifact(f"benchmark-{name}", f"Load sweep of {environment.model}: {name}", png=png)
+            for name, png in _pictures(plan, report).items()
         ),
     )
 
@@ -123,8 +123,8 @@ def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: Benchmark
     )
 
 
-def pictures_of(plan: RolloutPlan, report: BenchmarkReport) -> dict[str, bytes]:
-    """PNG files by name: for the Prefect UI, and for the folder of the record."""
+def _pictures(plan: RolloutPlan, report: BenchmarkReport) -> dict[str, bytes]:
+    """PNG files by name."""
     title, limits = plan.serving.served_model_name, plan.policy.objectives.latencies
     return {
         "latency-over-throughput": latency_over_throughput(report.stages, title=title, limits=limits),
