@@ -69,6 +69,8 @@ class EmbeddedCloud:
             root=self.root / "google", project=PROJECT, region=REGION, universe_domain=UNIVERSE_DOMAIN
         ).start()
         self.recommender = RecommenderServer().start()
+        self.google.remove_nodes()
+        self.google.on_nodes_gone(lambda names: self._book(self.kubernetes.remove_nodes, names))
         self.kubernetes = KubernetesServer(
             root=self.root / "cluster",
             tls=True,
