@@ -119,7 +119,13 @@ class _Proxy(LoopbackServer):
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as session:
             self._session = session
-            tasks = [asyncio.create_task(self._watch(path, into)) for path, into in self.watched().items()]
+            listed = [asyncio.Event() for _ in self.watched()]
+            tasks = [
+                asyncio.create_task(self._watch(path, into, event))
+                for event, (path, into) in zip(listed, self.watched().items(), strict=True)
+            ]
+            # Whoever sees the port open may rely on what the cluster holds at that time.
+            await asyncio.gather(*(event.wait() for event in listed))
             yield
             for task in tasks:
                 task.cancel()
@@ -131,7 +137,7 @@ class _Proxy(LoopbackServer):
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._kubernetes.token}"} if self._kubernetes.token else {}
 
-    async def _watch(self, path: str, into: dict[str, Object]) -> None:
+    async def _watch(self, path: str, into: dict[str, Object], listed: asyncio.Event) -> None:
         """List, watch, and list again whenever the watch ends: for ever, as controllers do."""
         url = self._kubernetes.url + path.format(namespace=self._namespace)
         while True:
@@ -140,6 +146,7 @@ class _Proxy(LoopbackServer):
                     listing = await answer.json()
                 into.clear()
                 into.update({item["metadata"]["name"]: item for item in listing["items"]})
+                listed.set()
                 await self.on_change()
                 version = listing["metadata"]["resourceVersion"]
                 query = {"watch": "true", "resourceVersion": version, "timeoutSeconds": "240"}

@@ -363,7 +363,7 @@ class Container:
 
     async def _run_inside(self, command: list[str], timeout_s: float) -> tuple[int, str]:
         process = await asyncio.create_subprocess_exec(
-            *command,
+            *map(self._with_own_address, command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -380,6 +380,12 @@ class Container:
                 process.kill()
             raise
         return process.returncode or 0, output.decode(errors="replace")
+
+    def _with_own_address(self, word: str) -> str:
+        """What a hook calls `127.0.0.1:8080` is another port here: there are no network namespaces."""
+        for port in self._ports:
+            word = re.sub(rf"\b(127\.0\.0\.1|localhost):{port}\b", rf"\1:{self.host_port}", word)
+        return word
 
     # The end
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.traffic import Traffic, TrafficClient
@@ -30,9 +33,10 @@ from rollout.revisions import planned_objects, revision_of_plan
 from rollout.serving import Resources, ServingSpec
 from rollout.target import Cluster, ClusterMode, Target
 from sandbox.cluster import KubernetesServer, NodeSettings
-from sandbox.gateway import GatewayServer
+from sandbox.gateway import GatewayServer, ServiceProxy
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("pod_program.py")))
+STREAMING = (sys.executable, str(Path(__file__).with_name("streaming_program.py")))
 DEADLINE_S = 120.0
 MODEL = PinnedModel(
     repo_id="tests/model",
@@ -49,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubernetesServe
     root = tmp_path_factory.mktemp("cluster")
     with KubernetesServer(
         root,
-        runners={"test/": PROGRAM},
+        runners={"test/": PROGRAM, "streaming/": STREAMING},
         nodes=NodeSettings(creation_s=0.0),
         image_pull_s=0.0,
         longest_probe_period_s=0.1,
@@ -83,7 +87,7 @@ Planner = Callable[..., RolloutPlan]
 def plan_for(cluster: ClusterClient) -> Planner:
     """The plan of one version; `version` is all that differs."""
 
-    def make(version: str, strategy: DeliveryStrategy = SERVICE_ONLY) -> RolloutPlan:
+    def make(version: str, strategy: DeliveryStrategy = SERVICE_ONLY, **changes: Any) -> RolloutPlan:
         serving = ServingSpec(
             name="server",
             service_name="llm",
@@ -94,7 +98,7 @@ def plan_for(cluster: ClusterClient) -> Planner:
             resources=Resources(cpu="1", memory="1Gi", ephemeral_storage="1Gi"),
             env={"VERSION": version},
             termination_grace_period_s=1,
-        )
+        ).model_copy(update=changes)
         objects = planned_objects(MODEL, serving, cluster.target, strategy, rollout_id=version)
         policy = RolloutPolicy(delivery=strategy)
         return make_plan(MODEL, serving, cluster.target, policy, Observation(), objects)
@@ -181,6 +185,37 @@ def test_a_dead_delivery_is_taken_back_and_a_finished_one_is_not(cluster: Cluste
     assert traffic.undo(dead) != ()
     assert traffic.read() == Traffic(live=IN_PLACE, weights={IN_PLACE: 100}, revisions=(IN_PLACE,))
     assert traffic.undo(dead) == ()
+
+
+def test_an_answer_in_flight_outlives_the_revision_that_gives_it(
+    server: KubernetesServer, cluster: ClusterClient, plan_for: Planner, tmp_path: Path
+) -> None:
+    release = tmp_path / "release"
+    patient = {"image": "streaming/server:1", "env": {"RELEASE": str(release)}, "termination_grace_period_s": 120}
+    old, new = plan_for("old", **patient), plan_for("new")
+    traffic = TrafficClient(cluster, new)
+    one = deploy(cluster, old)
+    TrafficClient(cluster, old).shift(None, one, 100)
+    two = deploy(cluster, new)
+    with (
+        ServiceProxy(server, namespace=cluster.target.namespace, service="llm") as proxy,
+        requests.get(f"{proxy.url}/slow", stream=True, timeout=DEADLINE_S) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert next(lines) == b"data: piece"
+        traffic.shift(one, two, 100)
+        assert traffic.in_flight(one) == 1
+        assert traffic.drain(one, timeout_s=0.0) == 1
+        # Nobody waits for it any more: its pod is deleted in the middle of the answer.
+        retiring = threading.Thread(target=traffic.retire, args=(one,))
+        retiring.start()
+        seen = [line for _, line in zip(range(20), lines, strict=False) if line]
+        assert set(seen) == {b"data: piece"}
+        release.touch()
+        rest = [line for line in lines if line]
+        retiring.join()
+    assert rest[-1] == b"data: [DONE]"
+    assert traffic.read().revisions == (two,)
 
 
 def test_the_operators_word_is_heard_and_gibberish_holds(cluster: ClusterClient, plan_for: Planner) -> None:

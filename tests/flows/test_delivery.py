@@ -23,7 +23,8 @@ from sandbox.gateway import GatewayServer, ServiceProxy
 from tests.flows.conftest import TINY_REPO, Stage
 from tests.flows.steady_load import SteadyLoad
 
-pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
+# Three rollouts in one test take two minutes on two busy cores.
+pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(600)]
 
 FAST = {"base_s": 0.004}
 GOOD = {"base_s": 0.005}
@@ -119,7 +120,9 @@ def test_a_good_canary_takes_over_and_no_client_notices(stage: Stage, gateway: G
 
 
 @pytest.mark.parametrize(
-    ("latency", "why"), [(SLOW, "worse than the live version"), (BROKEN, "no-such-preset|crash|exit")], ids=["slow", "crashing"]
+    ("latency", "why"),
+    [(SLOW, "worse than the live version"), (BROKEN, "no-such-preset|crash|exit")],
+    ids=["slow", "crashing"],
 )
 def test_a_bad_canary_goes_back_and_no_client_notices(
     stage: Stage, gateway: GatewayServer, latency: dict[str, float] | str, why: str
