@@ -208,6 +208,10 @@ def _take_inventory(work: _Teardown, shared_by: str) -> None:
         _inventory_of_objects(work)
         if cluster.is_ours and not shared_by:
             work.found("Cluster", cluster.name, cluster.status)
+        for pool in cluster.node_pools:
+            name = f"{cluster.name}/{pool.name}"
+            if ("NodePool", name) in work.owned and not shared_by:
+                work.found("NodePool", name, pool.status)
     if not shared_by:
         account = ServiceAccounts(target).get(target.gsa_email)
         if account is not None and account.is_ours:

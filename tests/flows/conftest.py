@@ -50,7 +50,7 @@ class Stage:
             "app": self.target.namespace,
             "served_model_name": TINY_REPO,
             "resources": {"cpu": "1", "memory": "1Gi", "ephemeral_storage": "1Gi"},
-            "max_model_len": 128,
+            "max_model_len": 1024,
             "max_images_per_prompt": None,
             "tool_call_parser": None,
             "reasoning_parser": None,

@@ -124,3 +124,20 @@ def test_pods_may_read_the_bucket_as_themselves(stage: Stage) -> None:
     assert "principal://iam.googleapis.com/projects/123456789012/" in bindings[0]
     assert ServiceAccounts(stage.target).get(stage.target.gsa_email) is None
     tear_down(stage, str(stage.model_file))
+
+
+def test_a_node_pool_of_ours_goes_from_a_cluster_that_was_there_before(stage: Stage) -> None:
+    named = {"name": f"{stage.target.namespace}-there", "mode": "standard", "observability": False}
+    Gke(stage.write_target(cluster=named)).ensure()
+    # Somebody else's from now on: it does not carry our label.
+    key = f"{stage.target.region}/{named['name']}"
+    with stage.cloud.google.cloud.store.transaction() as data:
+        data["clusters"][key]["resourceLabels"] = {}
+    target = stage.write_target(cluster={**named, "node_pool": {"name": "gpu-pool"}})
+    assert rollout_model(stage.request()).verdict is Verdict.DONE
+
+    assert tear_down(stage, str(stage.model_file))["Cluster"] == "made by somebody else"
+    cluster = Gke(target).get()
+    assert cluster is not None
+    assert [pool.name for pool in cluster.node_pools] == ["default-pool"]
+    Gke(target).delete()
