@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
-from flows import operations_cli
+from flows import endpoint_cli, operations_cli
 from flows.profiles_cli import profiles_app
 from rollout.errors import ExitCode, RolloutError
-
-if TYPE_CHECKING:
-    from rollout.record import RolloutReport
-    from rollout.request import RolloutRequest
 
 if TYPE_CHECKING:
     from rollout.record import RolloutReport
@@ -192,6 +188,7 @@ def _finish(report: RolloutReport, path: Path) -> None:
     raise typer.Exit(int(report.exit_code))
 
 
+endpoint_cli.mount(app)
 operations_cli.mount(app)
 
 
