@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,7 +58,8 @@ def rehearse(out: Path, engine: str, *, ui: bool) -> int:
         # In a process of their own, so that Prefect hands in its last logs and events while the server is still there.
         acts = subprocess.run(
             [sys.executable, "-m", "flows.rehearsal_acts", str(out), str(target_file)],
-            preexec_fn=die_with_parent,
+            # SIGKILL: Prefect answers SIGTERM by asking its server, which is gone by then, for minutes.
+            preexec_fn=functools.partial(die_with_parent, signal.SIGKILL),
             check=False,
         )
         _say(f"{time.monotonic() - started:.1f} s in all")

@@ -94,13 +94,13 @@ class Child:
 
 def _new_group_dying_with_parent() -> None:
     os.setsid()
-    die_with_parent()
+    die_with_parent(signal.SIGTERM)
 
 
-def die_with_parent() -> None:
-    """For `preexec_fn`: let the kernel end the new process when this one ends, however it ends (Linux only)."""
+def die_with_parent(number: signal.Signals) -> None:
+    """For `preexec_fn`: let the kernel signal the new process when this one ends, however it ends (Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def wait_for_stop() -> None:
