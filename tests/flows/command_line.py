@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +46,14 @@ def run(
     )
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is so; fail if that takes too long even for a loaded machine."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not happen within {DEADLINE_S:.0f} s"
+        time.sleep(_POLL_S)
+
+
 class Session:
     """A command that runs in a session of its own until it ends or is ended; never outlives the `with` block."""
 
@@ -64,11 +71,14 @@ class Session:
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the command does; fail, with its output, if it ends without doing it."""
-        deadline = time.monotonic() + DEADLINE_S
-        while not condition():
+
+        def happened() -> bool:
+            if condition():
+                return True
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output}"
-            assert time.monotonic() < deadline, f"it did not happen within {DEADLINE_S:.0f} s:\n{self.output}"
-            threading.Event().wait(_POLL_S)
+            return False
+
+        wait_for(happened)
 
     def signal_group(self, number: signal.Signals) -> int:
         """Send a signal to the command and its process group, as a terminal does. Returns the exit code."""

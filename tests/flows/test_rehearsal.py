@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,13 +18,16 @@ import yaml
 from rollout.errors import ExitCode
 from sandbox import models
 from sandbox.__main__ import MODEL_CACHE
-from tests.flows.command_line import Session, environment, read_record, run
+from tests.flows.command_line import Session, environment, read_record, run, wait_for
 
 pytestmark = [pytest.mark.flow, pytest.mark.timeout(1200)]
 """A rehearsal takes about a minute on two idle cores; the first one downloads and converts its model."""
 
 INTERRUPTED = 130
 UP = "embedded cloud and Prefect server are up"
+
+Process: TypeAlias = tuple[int, int]
+"""Id and start time: ids are used again."""
 
 STEPS = [
     *("pin model", "observe", "plan", "provision bucket", "provision cluster", "publish weights", "check layout"),
@@ -77,7 +80,9 @@ def test_the_rehearsal_rolls_out_changes_nothing_the_second_time_and_leaves_noth
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_rehearsals_run_side_by_side_and_end_with_ctrl_c(tmp_path: Path, env: dict[str, str]) -> None:
+def test_rehearsals_run_side_by_side_and_leave_no_process_when_they_are_stopped(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     with (
         Session("rehearse", "--out", str(one), log=tmp_path / "one.log", env=env) as first,
@@ -92,17 +97,23 @@ def test_rehearsals_run_side_by_side_and_end_with_ctrl_c(tmp_path: Path, env: di
         first.wait_until(lambda: "apply manifests" in steps(read_record(one / "report.json")))
         assert not ports_of(one) & ports_of(two)
 
-        for rehearsal, out in ((first, one), (second, two)):
-            processes, ports = family(rehearsal.process.pid), ports_of(out)
-            assert len(processes) >= 5  # itself, the cloud with hub and storage, the Prefect server
-            assert all(answers(port) for port in ports)
-            assert rehearsal.signal_group(signal.SIGINT) == INTERRUPTED, rehearsal.output
-            assert not processes & all_processes()
-            assert not any(answers(port) for port in ports)
+        processes, ports = whole(first, one)
+        assert first.signal_group(signal.SIGINT) == INTERRUPTED, first.output
+        assert not processes & all_processes()
+        assert not any(answers(port) for port in ports)
+
+        processes, ports = whole(second, two)
+        second.kill()
+        wait_for(lambda: not processes & all_processes())  # Nobody is left to wait for them but the kernel.
+        assert not any(answers(port) for port in ports)
 
 
-Process = tuple[int, int]
-"""Id and start time: ids are used again."""
+def whole(rehearsal: Session, out: Path) -> tuple[set[Process], set[int]]:
+    """The processes of a running rehearsal, and the ports that it listens on."""
+    processes, ports = family(rehearsal.process.pid), ports_of(out)
+    assert len(processes) >= 5  # itself, the cloud with hub and storage, the Prefect server
+    assert all(answers(port) for port in ports)
+    return processes, ports
 
 
 def _parents() -> Iterator[tuple[Process, int]]:
