@@ -57,7 +57,7 @@ def test_bad_input_is_not_tried_again_and_the_failure_is_kept() -> None:
     assert report.error == "BadInput: model: the name is wrong. Correct it."
 
 
-def test_steps_beside_each_other_are_kept_in_the_order_of_their_start() -> None:
+def test_steps_are_kept_in_the_order_of_their_start_and_not_of_their_joining() -> None:
     kept: list[tuple[StepReport, ...]] = []
     change = Change(action=Action.CREATED, kind="Bucket", name="gs://b")
 
@@ -72,7 +72,9 @@ def test_steps_beside_each_other_are_kept_in_the_order_of_their_start() -> None:
     @flow
     def tell() -> str:
         story = Story(kept.append)
-        first, second = story.start(one), story.start(two)
+        first = story.start(one)
+        second = story.start(two, after=[first])
+        story.join(second, first)
         story.skip("three", "not asked for")
         return second.result() + first.result()
 
