@@ -136,7 +136,7 @@ def test_a_good_start_logs_what_vllm_logs_and_serves_what_was_asked(tmp_path: Pa
             "Loading safetensors checkpoint shards: 100% Completed | 2/2",
             "Loading weights took",
             "GPU KV cache size: ",
-            "Maximum concurrency for 128 tokens per request: ",
+            "Maximum concurrency for 2,048 tokens per request: ",
             "Graph capturing finished in",
         ):
             assert sentence in log
