@@ -6,7 +6,7 @@ Pure. The records are in the target's bucket (`rollout.clients.records`), oldest
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -15,7 +15,7 @@ from rollout.objects import INSTANCE_LABEL, MODEL_ANNOTATION, ROLLOUT_LABEL
 from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport, Verdict
-from rollout.report import StepStatus
+from rollout.report import Action, StepStatus
 from rollout.values import Value
 
 EXPIRY_ANNOTATION = "llm-rollout.dev/expires-at"
@@ -102,22 +102,30 @@ def last_applied(records: Iterable[RolloutReport], instance: str) -> RolloutRepo
 
 
 def still_owned(records: Iterable[RolloutReport]) -> frozenset[tuple[str, str]]:
-    """(kind, name) of what rollouts created and no later teardown removed: what a teardown may remove.
+    """(kind, name) of what rollouts created and nobody of ours removed since: what a teardown may remove.
 
-    A teardown settles what earlier runs made, also those that were killed. What it kept stays in the ledger: another
-    model uses it, or the policy keeps it for now.
+    A teardown settles what earlier runs made, also those that were killed, and so does a step that removes what its
+    plan no longer holds. What a teardown kept stays in the ledger: another model uses it, or the policy keeps it.
     """
     made: dict[tuple[str, str], datetime] = {}
     gone: dict[tuple[str, str], datetime] = {}
     for report in records:
         for thing in report.created:
             made[thing] = max(report.started_at, made.get(thing, report.started_at))
-        # A teardown may continue an old record: what counts is when it ended.
-        ended_at = report.started_at + timedelta(seconds=report.duration_s)
-        for change in report.teardown.removed if report.teardown else ():
-            thing = (change.kind, change.name)
-            gone[thing] = max(ended_at, gone.get(thing, ended_at))
+        for thing, removed_at in _removals(report):
+            gone[thing] = max(removed_at, gone.get(thing, removed_at))
     return frozenset(thing for thing, made_at in made.items() if thing not in gone or made_at > gone[thing])
+
+
+def _removals(report: RolloutReport) -> Iterator[tuple[tuple[str, str], datetime]]:
+    for step in report.steps:
+        for change in step.changes:
+            if change.action is Action.DELETED:
+                yield (change.kind, change.name), step.started_at
+    # A teardown may continue an old record: what counts is when it ended.
+    ended_at = report.started_at + timedelta(seconds=report.duration_s)
+    for change in report.teardown.removed if report.teardown else ():
+        yield (change.kind, change.name), ended_at
 
 
 def drift(live: Mapping[str, Serving], manifests: Iterable[Mapping[str, Any]]) -> tuple[Drift, ...]:

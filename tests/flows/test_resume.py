@@ -168,7 +168,7 @@ def test_a_kill_in_the_wait_costs_neither_the_weights_nor_the_start(stage: Stage
 
 # In the benchmark
 
-SWEEP = {
+SWEEP: dict[str, Any] = {
     "workload": fixed_workload(16, 8).model_dump(mode="json"),
     "rates_per_s": [2, 3, 4, 5, 6, 7],
     "stage_duration_s": 2,

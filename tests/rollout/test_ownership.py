@@ -11,7 +11,7 @@ from rollout.record import RolloutReport, TeardownReport
 from rollout.report import Action, Change, StepReport, StepStatus
 
 MONDAY = datetime(2026, 11, 23, 6, 0, tzinfo=UTC)
-CLUSTER, BUCKET = ("Cluster", "llm"), ("Bucket", "gs://models")
+CLUSTER, BUCKET, JOB = ("Cluster", "llm"), ("Bucket", "gs://models"), ("Job", "serving/warm-up")
 
 
 def changes(action: Action, *things: tuple[str, str]) -> tuple[Change, ...]:
@@ -22,17 +22,18 @@ def record(
     hour: int,
     *,
     created: tuple[tuple[str, str], ...] = (),
+    released: tuple[tuple[str, str], ...] = (),
     removed: tuple[tuple[str, str], ...] | None = None,
     hours: float = 0.1,
 ) -> RolloutReport:
-    """A record that began at `hour` and ended `hours` later; `removed` is None where nothing was torn down."""
+    """A record from `hour` on; `released` was removed by a step, `removed` by a teardown, if there was one."""
     started_at = MONDAY + timedelta(hours=hour)
     step = StepReport(
         name="provision",
         status=StepStatus.DONE,
         started_at=started_at,
         duration_s=1,
-        changes=changes(Action.CREATED, *created),
+        changes=changes(Action.CREATED, *created) + changes(Action.DELETED, *released),
     )
     teardown = None if removed is None else TeardownReport(removed=changes(Action.DELETED, *removed))
     return RolloutReport(
@@ -50,6 +51,8 @@ def record(
             {BUCKET},
             id="a teardown settles what a killed run made, and keeps what it kept",
         ),
+        pytest.param([record(0, created=(JOB,), released=(JOB,))], set(), id="a step removes what it made for a while"),
+        pytest.param([record(0, created=(JOB,)), record(1, released=(JOB,))], set(), id="a rerun removes it"),
         pytest.param([record(0, created=(CLUSTER,), removed=(CLUSTER,))], set(), id="a trial removes its own"),
         pytest.param(
             [record(0, removed=(CLUSTER,)), record(1, created=(CLUSTER,))], {CLUSTER}, id="it was made once more"
