@@ -85,7 +85,8 @@ def tear_down(
     gke = Gke(target) if target.cluster.mode is not ClusterMode.KUBECONFIG else None
     cluster = gke.get() if gke else None
     others: tuple[str, ...] = ()
-    if gke is None or cluster is not None:
+    # A cluster without an address is one that a killed run has just begun to make: it holds nothing yet.
+    if gke is None or (cluster is not None and cluster.connection is not None):
         on_progress("Kubernetes objects")
         others = _remove_objects(work)
     shared_by = f"still serves {', '.join(others)}" if others else ""
