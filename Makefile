@@ -11,7 +11,7 @@ rehearsal: $(VENV)/.installed  ## the whole rollout on this machine; ENGINE=vllm
 	$(BIN)/llm-rollout rehearse --engine $(ENGINE) $(if $(filter 1,$(UI)),--ui,)
 
 test: $(VENV)/.installed lint  ## lint, types, layers and all tests
-	$(BIN)/pytest
+	$(BIN)/pytest --maxfail=5 --durations=15
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache

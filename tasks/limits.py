@@ -1,7 +1,7 @@
 """What rollouts share: one at a time on a target, and no more GPUs than the operator gives to rollouts.
 
 Both are global concurrency limits of the Prefect server; `llm-rollout bootstrap` makes them. They are leases: a worker
-that dies gives its slots back within minutes.
+that dies gives its slots back within a minute.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from prefect.runtime import deployment
 
 from rollout.plan import RolloutPlan
 
-LEASE_S = 300.0
-"""After so long without a sign of life the slots of a dead run are free again. Prefect renews at three quarters of it;
-at 300 s a restart of the server goes unnoticed."""
+LEASE_S = 60.0
+"""After so long without a sign of life the slots of a dead run are free again: a rollout that is started again after
+a `kill -9` waits no longer than this. The least that Prefect takes; it renews at three quarters of it."""
 
 
 def target_limit(target: str) -> str:

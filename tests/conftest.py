@@ -20,10 +20,3 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A flow test drives servers and processes in real time: on a starved machine it may try once more, and says so."""
-    for item in items:
-        if item.get_closest_marker("flow"):
-            item.add_marker(pytest.mark.flaky(reruns=1))

@@ -91,6 +91,7 @@ def make_stage(cloud: EmbeddedCloud, tmp_path: Path, _numbers: Iterator[int]) ->
         folder = tmp_path / name
         folder.mkdir()
         target = cloud.target(
+            name=name,  # the server's limits are per target: one test never waits for another one's
             bucket=f"models-{name}",
             namespace=name,
             cluster={"name": name},

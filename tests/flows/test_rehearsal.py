@@ -20,7 +20,7 @@ from sandbox import models
 from sandbox.__main__ import MODEL_CACHE
 from tests.flows.command_line import Session, environment, read_record, run, wait_for
 
-pytestmark = [pytest.mark.flow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.flow, pytest.mark.timeout(900)]
 """A rehearsal takes about a minute on two idle cores; the first one downloads and converts its model."""
 
 INTERRUPTED = 130

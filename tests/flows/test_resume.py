@@ -30,7 +30,7 @@ from sandbox.models import synthetic_gemma4
 from tests.flows.command_line import Session, read_record, run
 from tests.flows.conftest import TINY_REPO, Stage
 
-pytestmark = [pytest.mark.flow, pytest.mark.timeout(900), pytest.mark.usefixtures("prefect_server")]
+pytestmark = [pytest.mark.flow, pytest.mark.timeout(600), pytest.mark.usefixtures("prefect_server")]
 """Each test starts two rollouts as processes and two teardowns: about a minute on two idle cores."""
 
 LARGE_REPO = "tests/large-model"
