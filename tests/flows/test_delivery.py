@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ import pytest
 from flows.rollout_model import rollout_model
 from flows.teardown_model import teardown_model
 from rollout.clients.cluster import ClusterClient
-from rollout.clients.traffic import Traffic, TrafficClient
-from rollout.delivery import IN_PLACE, ORDER_ANNOTATION, Decision, DeliveryStrategy, Outcome
+from rollout.clients.traffic import Traffic
+from rollout.delivery import IN_PLACE, ORDER_ANNOTATION, Decision, Outcome
 from rollout.errors import BadInput, ExitCode, RolledBack, RolloutError
 from rollout.policy import Teardown
 from rollout.record import RolloutReport, Verdict
@@ -22,51 +21,15 @@ from rollout.report import StepStatus
 from sandbox.gateway import GatewayServer, ServiceProxy
 from tests.flows.conftest import TINY_REPO, Stage
 from tests.flows.steady_load import SteadyLoad
+from tests.flows.versions import BROKEN, FAST, GOOD, SLOW, strategy, traffic_of, write_version
 
 # Three rollouts in one test take two minutes on two busy cores.
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(600)]
-
-FAST = {"base_s": 0.004}
-GOOD = {"base_s": 0.005}
-SLOW = {"base_s": 0.004, "per_prefill_token_s": 0.01}
-"""Slow to the first token by far more than what a busy machine adds."""
-BROKEN = "no-such-preset"
-"""Ends the engine at its start."""
-
-GATEWAY = {"name": "models", "class_name": "gke-l7-rilb"}
-
-
-def strategy(**changes: Any) -> DeliveryStrategy:
-    """Quick decisions, with margins that forgive a busy machine its noise."""
-    settings: dict[str, Any] = {
-        "kind": "canary",
-        "steps": [
-            {"weight_percent": 30, "duration_s": 0, "min_requests": 16},
-            {"weight_percent": 60, "duration_s": 0, "min_requests": 16},
-        ],
-        "min_requests": 16,
-        "margins": {"error_share": 0.5, "latency_share": 2.0, "latency_floor_s": 0.1},
-        "probes": {"max_rate_per_s": 8, "input_words": 16, "output_tokens": 8},
-        "gateway": GATEWAY,
-        "rollback_window_s": 1,
-    }
-    return DeliveryStrategy.model_validate(settings | changes)
-
-
-def write_version(stage: Stage, latency: dict[str, float] | str, **changes: Any) -> None:
-    """The next version of the model server; what it runs differs by its environment."""
-    text = latency if isinstance(latency, str) else json.dumps(latency)
-    stage.write_model(env={"SANDBOX_ENGINE_LATENCY": text}, **changes)
 
 
 def deliver(stage: Stage, **changes: Any) -> RolloutReport:
     settings = {"objectives": {"max_failed_share": None}, "delivery": strategy(**changes).model_dump(mode="json")}
     return rollout_model(stage.request(**settings), report_file=str(stage.report_file))
-
-
-def traffic_of(stage: Stage, report: RolloutReport) -> Traffic:
-    assert report.plan is not None
-    return TrafficClient(ClusterClient.connect(stage.target), report.plan).read()
 
 
 def record(stage: Stage) -> RolloutReport:
