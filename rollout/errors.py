@@ -161,6 +161,10 @@ class SmokeFailed(RolloutError):
     exit_code = ExitCode.FAILED
 
 
+class LoadFailed(RolloutError):
+    """The in-cluster load generator did not deliver a stage; the summary is the pod's reason."""
+
+
 class ObjectivesMissed(RolloutError):
     """The measured figures miss an objective."""
 

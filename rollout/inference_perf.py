@@ -1,6 +1,8 @@
 """inference-perf as the in-cluster engine of a sweep: its configuration, its Job, and its reports in our schema.
 
-One Job measures one stage, so that the same adaptive search chooses the rates. The reports are read request by request
+One Job measures one stage, so that the same adaptive search chooses the rates. Its pod first makes the load, then
+serves the reports over HTTP until they have been fetched: logs are cut and rotated at 10 MiB, and the serving pods'
+identity may only read the bucket. A pod that is ready is a load that has ended. The reports are read request by request
 (`per_request_lifecycle_metrics.json`), so every figure and every verdict is defined as for the built-in client.
 Config keys and report fields: inference-perf 0.7 (https://github.com/kubernetes-sigs/inference-perf).
 """
@@ -34,7 +36,11 @@ IMAGE = "quay.io/inference-perf/inference-perf:v0.7.0"
 
 PER_REQUEST_REPORT = "per_request_lifecycle_metrics.json"
 STAGE_REPORT = "stage_0_lifecycle_metrics.json"
-MANIFESTS = ("inference-perf-config-map.yaml", "inference-perf-job.yaml")
+MANIFESTS = ("inference-perf-config-map.yaml", "service.yaml", "inference-perf-job.yaml")
+
+REPORTS_FOLDER = "/reports"
+REPORTS_PORT = 8081
+"""Where the pod serves its reports once the load is over."""
 
 WORKER_CONCURRENCY = 1000
 """Requests in flight per worker process: above what one replica runs and queues, so that the load stays open-loop."""
@@ -44,13 +50,14 @@ DELAY_LIMIT_S = 0.05
 
 
 def config(
-    spec: BenchmarkSpec, stage: PlannedStage, *, base_url: str, model: str, tokenizer: str, bucket: str, prefix: str
+    spec: BenchmarkSpec, stage: PlannedStage, *, base_url: str, model: str, tokenizer: str, seed: int
 ) -> dict[str, Any]:
-    """inference-perf's configuration for one stage; reports go to `gs://bucket/prefix`.
+    """inference-perf's configuration for one stage.
 
-    `tokenizer` is a Hugging Face repository or a path in the container. Lengths that are not fixed are drawn from a
-    log-normal distribution with the workload's mean, standard deviation, minimum and maximum: the tool knows no
-    quantiles. Raises BadInput for what the tool cannot send: datasets and shared prefixes.
+    `tokenizer` is a Hugging Face repository or a path in the container. Equal seeds send equal prompts, which the
+    prefix cache would answer. Lengths that are not fixed are drawn from a log-normal distribution with the workload's
+    mean, standard deviation, minimum and maximum: the tool knows no quantiles. Raises BadInput for what the tool cannot
+    send: datasets and shared prefixes.
     """
     workload = spec.workload
     if workload.input_lengths is None or workload.output_lengths is None or workload.shared_prefix is not None:
@@ -75,7 +82,7 @@ def config(
             "worker_max_concurrency": WORKER_CONCURRENCY,
             "request_timeout": spec.request_timeout_s,
             "stage_teardown_grace_seconds": spec.drain_timeout_s,
-            "base_seed": workload.seed,
+            "base_seed": seed,
         },
         "report": {
             "request_lifecycle": {
@@ -87,7 +94,7 @@ def config(
             },
             "prometheus": None,
         },
-        "storage": {"google_cloud_storage": {"bucket_name": bucket, "path": prefix.rstrip("/")}},
+        "storage": {"local_storage": {"path": REPORTS_FOLDER}},
     }
 
 
@@ -117,24 +124,47 @@ def objects(
     *,
     name: str,
     namespace: str,
-    service_account: str,
     labels: Mapping[str, str],
-    image: str = IMAGE,
     deadline_s: float,
+    env: Sequence[Mapping[str, Any]] = (),
+    image: str = IMAGE,
 ) -> tuple[KubernetesObject, ...]:
-    """The ConfigMap and the Job of one stage. The service account must be allowed to create objects in the bucket."""
+    """ConfigMap, Service and Job of one stage, all called `name`; the Service leads to the reports.
+
+    Args:
+        labels: of all three and of the pod; `app` is added to them.
+        deadline_s: after which Kubernetes stops the Job, whoever has forgotten it.
+        env: the load's environment variables, e.g. the hub's token for a gated tokenizer.
+    """
     return render(
         read_manifests(MANIFESTS),
         {
             "name": name,
+            "service_name": name,
+            "app": name,
             "namespace": namespace,
-            "labels": dict(labels),
+            "labels": {**labels, "app": name},
             "config": yaml.safe_dump(dict(configuration), sort_keys=False),
             "image": image,
-            "ksa": service_account,
+            "env": [dict(variable) for variable in env],
+            "port": REPORTS_PORT,
             "deadline_s": math.ceil(deadline_s),
         },
     )
+
+
+def under_load(samples: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    """The samples of `/metrics` from just before the first request to just after the last one.
+
+    The pod's start and end belong to the Job and not to the stage. Its reports do not help: their clock is the pod's
+    own, and starts anywhere.
+    """
+    busy = [
+        index
+        for index, sample in enumerate(samples)
+        if sample.get("vllm:num_requests_running", 0) + sample.get("vllm:num_requests_waiting", 0) > 0
+    ]
+    return samples[max(0, busy[0] - 1) : busy[-1] + 2] if busy else samples
 
 
 def read_stage(

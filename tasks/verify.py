@@ -8,6 +8,7 @@ from rollout.benchmark import BenchmarkReport, BenchmarkSpec, Environment
 from rollout.clients.benchmarks import StageStore
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.history import BucketHistory
+from rollout.clients.load_job import LoadJobs
 from rollout.clients.loadgen import run_benchmark
 from rollout.clients.openai_api import run_smoke_suite
 from rollout.clients.records import RecordStore
@@ -21,6 +22,7 @@ from rollout.report import StepStatus
 from rollout.show import benchmark_markdown, curve_summary, verdict_markdown
 from rollout.smoke import CANARIES, Capabilities, SmokeReport, with_expectations
 from rollout.stage import Stage
+from tasks.credentials import hub_token
 from tasks.step import Artifact, Outcome, ProgressBar, step
 
 
@@ -71,15 +73,31 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
         store.write(stages)
         bar.update(min(99.0, 100.0 * len(stages) / spec.max_stages))
 
-    with ClusterClient.connect(plan.target).endpoint(plan.serving.service_name) as base_url:
+    objectives = plan.policy.objectives
+    cluster = ClusterClient.connect(plan.target)
+    with cluster.endpoint(plan.serving.service_name) as base_url:
+
+        def in_cluster(as_measured: BenchmarkSpec) -> LoadJobs:
+            return LoadJobs(
+                cluster,
+                plan,
+                as_measured,
+                pods=pods,
+                metrics_url=base_url,
+                limits=objectives.request_limits,
+                hub_token=hub_token(plan.target),
+                on_progress=logger.info,
+            )
+
         report = run_benchmark(
             base_url,
             spec,
             model=plan.serving.served_model_name,
             on_stage=keep_stage,
-            objectives=plan.policy.objectives,
+            objectives=objectives,
             completed=completed,
             environment=environment,
+            in_cluster=in_cluster,
         )
     bar.update(100.0)
     measured = len(report.stages) - len(completed)

@@ -15,13 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import requests
 
 from rollout.benchmark import (
     BenchmarkReport,
     BenchmarkSpec,
+    Engine,
     Environment,
     PlannedStage,
     benchmark_report,
@@ -32,7 +33,7 @@ from rollout.benchmark import (
 )
 from rollout.clients.openai_api import OpenAiApi
 from rollout.clients.streams import Endpoint, OutgoingRequest, StreamLoop, StreamsResult
-from rollout.errors import RolloutError
+from rollout.errors import BadInput, RolloutError
 from rollout.objectives import Objectives
 from rollout.prompts import Vocabulary, calibrate
 from rollout.report import utc_now
@@ -69,6 +70,13 @@ WARM_UP_TOKENS = 16
 _PATHS = {ApiEndpoint.COMPLETIONS: "/v1/completions", ApiEndpoint.CHAT: "/v1/chat/completions"}
 
 
+class StageMeter(Protocol):
+    """Whatever can measure a stage."""
+
+    def measure(self, planned: PlannedStage, *, repeat: int = 0) -> Stage:
+        """Offer `planned.rate_per_s` for `planned.duration_s` seconds; `repeat` draws the same load anew."""
+
+
 def run_benchmark(
     base_url: str,
     spec: BenchmarkSpec,
@@ -78,13 +86,21 @@ def run_benchmark(
     objectives: Objectives | None = None,
     completed: Sequence[Stage] = (),
     environment: Environment | None = None,
+    in_cluster: Callable[[BenchmarkSpec], StageMeter] | None = None,
 ) -> BenchmarkReport:
     """Sweep `base_url` (without `/v1`) as `spec` says, and judge the curve.
 
     `on_stage` is called after every stage; `completed` are the stages of an earlier run of the same spec, which are
-    not measured again. `objectives` define goodput. Raises SmokeFailed if the endpoint does not answer, and BadInput
-    if it does not serve `model`.
+    not measured again. `objectives` define goodput. `in_cluster` makes what measures when `spec.engine` says so, from
+    the spec as the model's context window cuts it. Raises SmokeFailed if the endpoint does not answer, and BadInput if
+    it does not serve `model`, or if only a cluster could run that engine.
     """
+    if spec.engine is Engine.INFERENCE_PERF and in_cluster is None:
+        raise BadInput(
+            "inference-perf runs as a Job beside the model, and there is only a URL.",
+            where="benchmark.engine",
+            resolution="Use the built-in engine here, or llm-rollout verify with a target.",
+        )
     started_at, started = utc_now(), time.monotonic()
     api = OpenAiApi(base_url)
     context_window = api.max_model_len(model)
@@ -95,8 +111,9 @@ def run_benchmark(
     if planned is not None:
         generator = LoadGenerator(api, model, spec, limits=objectives.request_limits if objectives else None)
         generator.warm_up()
+        meter = in_cluster(spec) if spec.engine is Engine.INFERENCE_PERF and in_cluster else generator
         while planned is not None:
-            stage = generator.measure(planned, repeat=len(stages))
+            stage = meter.measure(planned, repeat=len(stages))
             stages.append(stage)
             log.info("%s", describe(stage))
             if on_stage is not None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import hashlib
+import json
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from sandbox.cluster.probes import Rhythm, Target
 from sandbox.cluster.quantity import parse
 from sandbox.cluster.resources import NODE, SERVICE_ACCOUNT
 from sandbox.cluster.store import timestamp
+from sandbox.cluster.surroundings import mount_volumes, service_addresses
 
 if TYPE_CHECKING:
     from sandbox.cluster.agent import PodWorker
@@ -486,6 +488,7 @@ def surroundings(worker: PodWorker, container: dict[str, Any], host_port: int, u
     node = store.get(NODE, "", worker.node)
     labels = (node["metadata"].get("labels") or {}) if node is not None else {}
     limits = container["resources"].get("limits") or {}
+    mounts = mount_volumes(store, worker.pod, container, worker.directory / "volumes")
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH") if name in os.environ}
     return {
         **kept,
@@ -498,4 +501,6 @@ def surroundings(worker: PodWorker, container: dict[str, Any], host_port: int, u
         "SANDBOX_HOST_PORT": str(host_port),
         "SANDBOX_POD_NAME": metadata["name"],
         "SANDBOX_EPHEMERAL_STORAGE_FILE": str(usage_file),
+        "SANDBOX_MOUNTS": json.dumps(mounts),
+        "SANDBOX_SERVICES": json.dumps(service_addresses(worker.agents)),
     }

@@ -7,7 +7,16 @@ import yaml
 
 from rollout.benchmark import BenchmarkSpec, Endpoint, PlannedStage
 from rollout.errors import BadInput
-from rollout.inference_perf import IMAGE, config, objects, read_stage, standard_deviation
+from rollout.inference_perf import (
+    IMAGE,
+    REPORTS_FOLDER,
+    REPORTS_PORT,
+    config,
+    objects,
+    read_stage,
+    standard_deviation,
+    under_load,
+)
 from rollout.workload import QUICKSTART, Arrivals, PrefixSharing, TokenLengths, dataset_workload, fixed_workload
 
 STAGE = PlannedStage(rate_per_s=4.0, duration_s=30.0)
@@ -20,8 +29,7 @@ def configured(spec: BenchmarkSpec) -> dict[str, Any]:
         base_url="http://llm-service:8080",
         model="m",
         tokenizer="google/gemma-4-31B-it",
-        bucket="b",
-        prefix="p/",
+        seed=7,
     )
 
 
@@ -36,7 +44,7 @@ def test_the_config_sends_the_same_workload() -> None:
         "mean": 226.0,
         "std_dev": pytest.approx(242.1, abs=0.1),
     }
-    assert configuration["storage"]["google_cloud_storage"] == {"bucket_name": "b", "path": "p"}
+    assert configuration["load"]["base_seed"] == 7
 
 
 def test_fixed_lengths_and_constant_arrivals_stay_so() -> None:
@@ -68,21 +76,39 @@ def test_the_standard_deviation_is_that_of_the_quantile_function() -> None:
     assert standard_deviation(uniform) == pytest.approx(12 / 12**0.5)
 
 
-def test_the_job_reads_its_config_from_the_config_map() -> None:
+def test_the_job_makes_the_load_and_then_serves_the_reports() -> None:
     configuration = configured(BenchmarkSpec())
-    config_map, job = objects(
+    config_map, service, job = objects(
         configuration,
         name="load-1",
         namespace="ns",
-        service_account="ksa",
         labels={"app.kubernetes.io/managed-by": "llm-rollout"},
+        env=[{"name": "HF_ENDPOINT", "value": "https://hub"}],
         deadline_s=99.5,
     )
     assert yaml.safe_load(config_map["data"]["config.yml"]) == configuration
-    pod = job["spec"]["template"]["spec"]
-    assert pod["containers"][0]["image"] == IMAGE
-    assert pod["volumes"][0]["configMap"]["name"] == config_map["metadata"]["name"]
-    assert (pod["serviceAccountName"], job["spec"]["activeDeadlineSeconds"]) == ("ksa", 100)
+    assert job["spec"]["activeDeadlineSeconds"] == 100
+    template = job["spec"]["template"]
+    (load,), (reports,) = template["spec"]["initContainers"], template["spec"]["containers"]
+    assert (load["name"], load["image"], load["env"][0]["name"]) == ("inference-perf", IMAGE, "HF_ENDPOINT")
+    config, folder = template["spec"]["volumes"]
+    assert config["configMap"]["name"] == config_map["metadata"]["name"]
+    # Both containers see the folder that the configuration names, and the Service leads to the second one.
+    assert configuration["storage"]["local_storage"]["path"] == REPORTS_FOLDER
+    for container in (load, reports):
+        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounted[folder["name"]] == REPORTS_FOLDER
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    assert service["spec"]["ports"][0]["targetPort"] == reports["ports"][0]["containerPort"] == REPORTS_PORT
+
+
+@pytest.mark.parametrize(
+    ("running", "kept"),
+    [((0, 0, 2, 0, 3, 0, 0), (0, 2, 0, 3, 0)), ((1, 1), (1, 1)), ((0, 0), (0, 0)), ((), ())],
+)
+def test_only_the_servers_samples_under_load_count(running: tuple[int, ...], kept: tuple[int, ...]) -> None:
+    samples = [{"vllm:num_requests_running": float(each)} for each in running]
+    assert [each["vllm:num_requests_running"] for each in under_load(samples)] == list(kept)
 
 
 def entry(at_s: float, **fields: Any) -> dict[str, Any]:
