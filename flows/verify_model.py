@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from prefect import flow
 
+from rollout.clients.cluster import ClusterClient
 from rollout.clients.records import RecordStore
+from rollout.clients.traffic import TrafficClient
 from rollout.errors import BadInput
-from rollout.ledger import last_applied
+from rollout.ledger import applied, in_order, last_applied
 from rollout.plan import RolloutPlan
 from rollout.record import RolloutReport
 from rollout.request import RolloutRequest, resolve
+from rollout.revisions import plan_of_live
 from tasks.record import recorded
 from tasks.serve import wait_until_available
 from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
@@ -48,12 +51,28 @@ def verify_model(request: RolloutRequest, report_file: str | None = None) -> Rol
 
 
 def _plan_of_what_serves(request: RolloutRequest) -> RolloutPlan:
+    """The newest plan that was applied; of several revisions, that of the one that the cluster says is live."""
     spec = resolve(request)
-    report = last_applied(RecordStore(spec.target).read_all(), spec.serving.name)
+    name = spec.serving.name
+    records = in_order(RecordStore(spec.target).read_all())
+    report = last_applied(records, name)
     if report is None or report.plan is None:
         raise BadInput(
-            f"no record says that {spec.serving.name} serves on {spec.target.name}.",
+            f"no record says that {name} serves on {spec.target.name}.",
             where="verify",
             resolution=f"Roll it out first: llm-rollout rollout {request.model} --target {request.target}",
         )
-    return report.plan
+    if not report.plan.policy.delivery.by_revisions:
+        return report.plan
+    live = TrafficClient(ClusterClient.connect(spec.target), report.plan).read().live
+    plans = [
+        each.plan for each in records if each.plan is not None and each.plan.serving.name == name and applied(each)
+    ]
+    plan = plan_of_live(plans, live) if live is not None else None
+    if plan is None:
+        raise BadInput(
+            f"no record tells what {live or 'nothing'}, which is live, should be.",
+            where=f"verify {name} on {spec.target.name}",
+            resolution="Finish the delivery by rolling it out again; `llm-rollout status` shows what the records know.",
+        )
+    return plan

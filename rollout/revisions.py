@@ -57,6 +57,19 @@ def revision_plan(plan: RolloutPlan, *, replicas: int | None = None) -> RolloutP
     return plan.model_copy(update={"serving": serving, "objects": objects})
 
 
+def plan_of_live(plans: Iterable[RolloutPlan], live: str) -> RolloutPlan | None:
+    """The newest plan of the model that `live` comes from, under the names of what serves; None if there is none.
+
+    `plans` come oldest first. `live` is the cluster's word (`Traffic.live`).
+    """
+    found: RolloutPlan | None = None
+    for plan in plans:
+        by_revisions = plan.policy.delivery.by_revisions
+        if live == (revision_of_plan(plan) if by_revisions else IN_PLACE):
+            found = revision_plan(plan) if by_revisions else plan
+    return found
+
+
 def revision_of(manifest: Mapping[str, Any], serving: ServingSpec) -> str | None:
     """Which revision of the model `serving.name` a live object belongs to.
 
