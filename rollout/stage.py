@@ -153,7 +153,7 @@ class ClientSide(Value):
     schedule_delay_s: Percentiles
     """How late requests were sent."""
     busy_share: Annotated[float, Field(ge=0)]
-    """CPU time of the client's loop / wall time; near 1 it cannot keep up."""
+    """Share of the time, while requests were sent, in which the client had work to do; near 1 it cannot keep up."""
     cpu_s_per_million_tokens: float | None = None
     limited_by: str | None = None
     """Why the client, not the server, set the pace of this stage; None if it did not."""

@@ -51,7 +51,7 @@ from rollout.workload import PlannedRequest, Workload, planned_duration_s
 log = logging.getLogger(__name__)
 
 BUSY_SHARE_LIMIT = 0.85
-"""From this share of one core on, the client's own queueing shows in every figure."""
+"""From this share of the time on, the client's own queueing shows in every figure."""
 
 SCHEDULE_DELAY_LIMIT_S = 0.05
 """90 % of the requests must leave this soon after they were due: a good server answers in about that time.
@@ -229,18 +229,17 @@ def client_side(result: StreamsResult) -> ClientSide:
     """What the load generator has to say about itself, and whether it was the limit."""
     delays = Percentiles.of(record.sent_s - record.scheduled_s for record in result.records)
     assert delays is not None  # a stage has at least one request
-    busy = result.cpu_s / result.wall_s if result.wall_s else 0.0
     tokens = sum(record.output_tokens for record in result.records)
     reasons = []
     if result.out_of_files:
         reasons.append("it ran out of file descriptors (raise `ulimit -n`)")
-    if busy >= BUSY_SHARE_LIMIT:
-        reasons.append(f"its loop was {busy:.0%} busy")
+    if result.busy_share >= BUSY_SHARE_LIMIT:
+        reasons.append(f"its loop was {result.busy_share:.0%} busy")
     if delays.p90 > SCHEDULE_DELAY_LIMIT_S:
         reasons.append(f"it sent requests {delays.p90 * 1e3:.0f} ms late (p90)")
     return ClientSide(
         schedule_delay_s=delays,
-        busy_share=busy,
+        busy_share=result.busy_share,
         cpu_s_per_million_tokens=result.cpu_s / tokens * 1e6 if tokens else None,
         limited_by=" and ".join(reasons) or None,
     )

@@ -346,10 +346,10 @@ def records(delay_s: float) -> list[RequestRecord]:
 @pytest.mark.parametrize(
     ("result", "reason"),
     [
-        (StreamsResult(records(0.001), 0, cpu_s=1, wall_s=10), None),
-        (StreamsResult(records(0.001), 0, cpu_s=9, wall_s=10), "its loop was 90% busy"),
-        (StreamsResult(records(0.2), 0, cpu_s=1, wall_s=10), "it sent requests 200 ms late (p90)"),
-        (StreamsResult(records(0.001), 0, cpu_s=1, wall_s=10, out_of_files=True), "file descriptors"),
+        (StreamsResult(records(0.001), 0, cpu_s=1, busy_share=0.1), None),
+        (StreamsResult(records(0.001), 0, cpu_s=1, busy_share=0.9), "its loop was 90% busy"),
+        (StreamsResult(records(0.2), 0, cpu_s=1, busy_share=0.1), "it sent requests 200 ms late (p90)"),
+        (StreamsResult(records(0.001), 0, cpu_s=1, busy_share=0.1, out_of_files=True), "file descriptors"),
     ],
 )
 def test_the_client_says_when_it_is_the_limit(result: StreamsResult, reason: str | None) -> None:
