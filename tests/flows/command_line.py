@@ -1,4 +1,4 @@
-"""`llm-rollout` as a process of its own, as users and CI run it."""
+"""`llm-rollout` (or `prefect`) as a process of its own, as users and CI run it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ DEADLINE_S = 240.0
 _POLL_S = 0.05
 
 
-def command(*arguments: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("llm-rollout")), *arguments]
+def command(*arguments: str, program: str = "llm-rollout") -> list[str]:
+    return [str(Path(sys.executable).with_name(program)), *arguments]
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -33,11 +33,11 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(
-    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, program: str = "llm-rollout"
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        command(*arguments),
+        command(*arguments, program=program),
         cwd=cwd,
         env=environment() if env is None else dict(env),
         capture_output=True,
@@ -58,11 +58,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 class Session:
     """A command that runs in a session of its own until it ends or is ended; never outlives the `with` block."""
 
-    def __init__(self, *arguments: str, log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, log: Path, env: Mapping[str, str] | None = None, program: str = "llm-rollout"
+    ) -> None:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                command(*arguments),
+                command(*arguments, program=program),
                 env=environment() if env is None else dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from rollout.clients.cluster import ClusterClient
+from rollout.clients.gke import Gke
 from rollout.policy import RolloutPolicy
+from rollout.rendering import KubernetesObject
 from rollout.request import RolloutRequest
 from rollout.target import Target
 from sandbox.cloud import EmbeddedCloud
@@ -42,13 +45,13 @@ class Stage:
             policy=RolloutPolicy.model_validate({"benchmark": None, **policy}),
         )
 
-    def write_model(self, **changes: Any) -> None:
-        """The tiny model's preset, with other fields of its serving spec."""
+    def write_model(self, *, repo_id: str = TINY_REPO, **changes: Any) -> None:
+        """The preset of a tiny model, with other fields of its serving spec."""
         serving: dict[str, Any] = {
             "name": self.target.namespace,
             "service_name": f"{self.target.namespace}-svc",
             "app": self.target.namespace,
-            "served_model_name": TINY_REPO,
+            "served_model_name": repo_id,
             "resources": {"cpu": "1", "memory": "1Gi", "ephemeral_storage": "1Gi"},
             "max_model_len": 1024,
             "max_images_per_prompt": None,
@@ -57,8 +60,14 @@ class Stage:
             "ready_timeout_s": 120,
             "termination_grace_period_s": 5,
         }
-        preset = {"model": {"repo_id": TINY_REPO}, "serving": serving | changes}
+        preset = {"model": {"repo_id": repo_id}, "serving": serving | changes}
         self.model_file.write_text(yaml.safe_dump(preset), encoding="utf-8")
+
+    def live(self, kind: str) -> list[KubernetesObject]:
+        """Objects of ours in the cluster."""
+        if Gke(self.target).get() is None:
+            return []
+        return [item for item in ClusterClient.connect(self.target).inventory() if item["kind"] == kind]
 
     def write_target(self, **changes: Any) -> Target:
         """The target with other fields, as file and as value."""
@@ -67,9 +76,9 @@ class Stage:
         return target
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedCloud]:
-    """One embedded cloud for all flow tests, with the tiny model on its hub."""
+    """An embedded cloud for the tests of a file, with the tiny model on its hub: nodes are for all, as in a region."""
     root = tmp_path_factory.mktemp("cloud")
     embedded = EmbeddedCloud(root)
     HubStore(embedded.hub_root).publish(TINY_REPO, tiny_model(root / "tiny"))

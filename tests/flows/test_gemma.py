@@ -5,6 +5,7 @@ The weights are synthetic, with the real names, tensors and architecture; the en
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 
 from flows.rollout_model import rollout_model
 from flows.teardown_model import teardown_model
-from rollout.clients.cluster import ClusterClient
 from rollout.clients.compute import Compute
 from rollout.clients.gke import Gke
 from rollout.clients.iam import ServiceAccounts
@@ -20,7 +20,6 @@ from rollout.policy import Weights
 from rollout.record import RolloutReport, Verdict
 from rollout.rendering import KubernetesObject
 from rollout.smoke import Outcome
-from rollout.target import Target
 from sandbox.cloud import EmbeddedCloud
 from sandbox.hub_store import HubStore
 from sandbox.models import synthetic_gemma4
@@ -44,10 +43,6 @@ def _gemma_on_the_hub(cloud: EmbeddedCloud, tmp_path_factory: pytest.TempPathFac
 
 def roll_out(stage: Stage, preset: str) -> RolloutReport:
     return rollout_model(stage.request().model_copy(update={"model": preset}))
-
-
-def live(target: Target, kind: str) -> list[KubernetesObject]:
-    return [item for item in ClusterClient.connect(target).inventory() if item["kind"] == kind]
 
 
 def container(deployment: KubernetesObject) -> dict[str, Any]:
@@ -74,12 +69,12 @@ def test_both_gemma_sizes_live_side_by_side_and_leave_nothing_behind(stage: Stag
         assert report.plan is not None
         assert report.plan.weights_uri.startswith(f"gs://{stage.target.bucket}/{repo_id}/")
 
-    deployments = {item["metadata"]["name"]: container(item) for item in live(stage.target, "Deployment")}
+    deployments = {item["metadata"]["name"]: container(item) for item in stage.live("Deployment")}
     assert deployments.keys() == {"vllm-gemma-4-26b-a4b-it", "vllm-gemma-4-31b-it"}
     for server in deployments.values():
         assert {"name": "GOOGLE_CLOUD_UNIVERSE_DOMAIN", "value": "s3nsapis.fr"} in server["env"]
-    assert len({item["spec"]["selector"]["app"] for item in live(stage.target, "Service")}) == 2
-    assert [item["metadata"]["name"] for item in live(stage.target, "ComputeClass")] == ["a3-edgegpu-8g-nolssd"]
+    assert len({item["spec"]["selector"]["app"] for item in stage.live("Service")}) == 2
+    assert [item["metadata"]["name"] for item in stage.live("ComputeClass")] == ["a3-edgegpu-8g-nolssd"]
     cluster = Gke(stage.target).get()
     assert cluster is not None
     # Both models share one machine of eight GPUs, and the quota knows.
@@ -87,7 +82,7 @@ def test_both_gemma_sizes_live_side_by_side_and_leave_nothing_behind(stage: Stag
 
     first, second = GEMMA
     assert "vllm-gemma-4-31b-it" in tear_down(stage, first)["Cluster"]
-    assert [item["metadata"]["name"] for item in live(stage.target, "Deployment")] == ["vllm-gemma-4-31b-it"]
+    assert [item["metadata"]["name"] for item in stage.live("Deployment")] == ["vllm-gemma-4-31b-it"]
     tear_down(stage, second)
     assert Gke(stage.target).get() is None
     assert ServiceAccounts(stage.target).get(stage.target.gsa_email) is None
@@ -107,7 +102,7 @@ def test_a_standard_cluster_serves_from_its_gpu_node_pool(stage: Stage) -> None:
     assert [pool.name for pool in cluster.node_pools if pool.accelerator] == ["gpu-pool"]
     (boot_disk,) = Compute(target).disks({"goog-k8s-cluster-name": cluster.name})
     assert boot_disk.name.startswith("gk3-nap-a3-highgpu-1g")
-    (deployment,) = live(target, "Deployment")
+    (deployment,) = replace(stage, target=target).live("Deployment")
     selector = deployment["spec"]["template"]["spec"]["nodeSelector"]
     assert selector == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     tear_down(stage, str(stage.model_file))

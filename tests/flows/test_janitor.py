@@ -8,7 +8,6 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Running
@@ -17,15 +16,15 @@ from flows.hooks import clean_up_killed
 from flows.janitor import janitor
 from flows.rollout_model import rollout_model
 from rollout.clients.cluster import APPLY_PATCH, ClusterClient
-from rollout.clients.gke import Gke
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
 from rollout.ledger import EXPIRY_ANNOTATION, serving_now
 from rollout.policy import Teardown
 from rollout.record import RECORDS_PREFIX, RolloutReport, Verdict
 from rollout.report import utc_now
-from tasks.janitor import SILENCE, find_zombies
+from tasks.janitor import SILENCE
 from tests.flows.conftest import Stage
+from tests.flows.zombies import zombies
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 
@@ -60,24 +59,17 @@ def remove_record(stage: Stage, report: RolloutReport) -> None:
         storage.delete(stored)
 
 
-def deployments(stage: Stage) -> list[str]:
-    if Gke(stage.target).get() is None:
-        return []
-    inventory = ClusterClient.connect(stage.target).inventory()
-    return [manifest["metadata"]["name"] for manifest in inventory if manifest["kind"] == "Deployment"]
-
-
 def test_a_live_version_is_left_alone_and_a_dead_trial_is_torn_down(stage: Stage, client: SyncPrefectClient) -> None:
     report = rolled_out(stage)
     assert janitor(str(stage.target_file)) == ()
-    assert deployments(stage)
+    assert stage.live("Deployment")
 
     killed = forget_the_end(stage, report, client)
     assert janitor(str(stage.target_file), remove=False) == ()
-    assert deployments(stage), "looking removes nothing"
+    assert stage.live("Deployment"), "looking removes nothing"
     (swept,) = janitor(str(stage.target_file))
     assert swept.left == ()
-    assert deployments(stage) == []
+    assert stage.live("Deployment") == []
     records = list(RecordStore(stage.target).read_all())
     (noted,) = [record for record in records if record.run_id == killed.run_id]
     assert noted.verdict is Verdict.FAILED
@@ -90,7 +82,7 @@ def test_a_server_past_its_expiry_goes(stage: Stage) -> None:
     report = rolled_out(stage)
     assert report.plan is not None
     cluster = ClusterClient.connect(stage.target)
-    (live,) = [manifest for manifest in cluster.inventory() if manifest["kind"] == "Deployment"]
+    (live,) = stage.live("Deployment")
     patch = {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -103,7 +95,7 @@ def test_a_server_past_its_expiry_goes(stage: Stage) -> None:
     cluster.api.request("PATCH", cluster.api.path_of(live), {"fieldManager": "somebody"}, patch, APPLY_PATCH)
     (swept,) = janitor(str(stage.target_file))
     assert swept.left == ()
-    assert deployments(stage) == []
+    assert stage.live("Deployment") == []
 
 
 def test_a_cancelled_trial_is_torn_down_by_its_hook_in_another_process(stage: Stage, client: SyncPrefectClient) -> None:
@@ -112,7 +104,7 @@ def test_a_cancelled_trial_is_torn_down_by_its_hook_in_another_process(stage: St
     request = stage.request(teardown="always").model_dump(mode="json")
     run = client.read_flow_run(UUID(report.run_id)).model_copy(update={"parameters": {"request": request}})
     clean_up_killed(flow=rollout_model, flow_run=run, state=Cancelled())
-    assert deployments(stage) == []
+    assert stage.live("Deployment") == []
 
 
 def test_a_run_that_died_before_it_changed_anything_needs_no_clean_up(stage: Stage, client: SyncPrefectClient) -> None:
@@ -137,11 +129,3 @@ def test_a_run_without_sign_of_life_is_marked_as_crashed(stage: Stage, client: S
     left = client.read_flow_run(foreign.id).state
     assert left is not None
     assert left.is_running()
-
-
-def zombies(stage: Stage, now: Any) -> tuple[str, ...]:
-    @flow
-    def look() -> tuple[str, ...]:
-        return find_zombies(str(stage.target_file), now).value
-
-    return look()

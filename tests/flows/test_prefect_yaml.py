@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ from rollout import catalog
 from rollout.releases import RELEASE_EVENT, Announcement
 from rollout.report import utc_now
 from tasks.releases import event_of
-from tests.flows.command_line import DEADLINE_S, environment
+from tests.flows.command_line import DEADLINE_S, run
 from tests.flows.conftest import Stage
 
 REPOSITORY = Path(__file__).parents[2]
@@ -109,10 +107,7 @@ def deployed(prefect_server: None) -> None:
 
 
 def prefect(*arguments: str) -> None:
-    command = [str(Path(sys.executable).with_name("prefect")), *arguments]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False
-    )
+    done = run(*arguments, cwd=REPOSITORY, program="prefect")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rollout.clients.cluster import ClusterClient
@@ -38,10 +39,12 @@ def strategy(**changes: Any) -> DeliveryStrategy:
     return DeliveryStrategy.model_validate(settings | changes)
 
 
-def write_version(stage: Stage, latency: dict[str, float] | str, **changes: Any) -> None:
+def write_version(
+    stage: Stage, latency: dict[str, float] | str, *, env: Mapping[str, str] | None = None, **changes: Any
+) -> None:
     """The next version of the model server; what it runs differs by its environment."""
     text = latency if isinstance(latency, str) else json.dumps(latency)
-    stage.write_model(env={"SANDBOX_ENGINE_LATENCY": text}, **changes)
+    stage.write_model(env={"SANDBOX_ENGINE_LATENCY": text, **(env or {})}, **changes)
 
 
 def traffic_of(stage: Stage, report: RolloutReport) -> Traffic:
