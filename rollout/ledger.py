@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
+from rollout.delivery import Outcome
 from rollout.objects import INSTANCE_LABEL, MODEL_ANNOTATION, ROLLOUT_LABEL
 from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
@@ -216,7 +217,14 @@ def _by_instance(manifests: Iterable[Mapping[str, Any]]) -> dict[str, list[Mappi
 
 
 def _ended_without_trace(report: RolloutReport) -> bool:
-    return report.verdict is Verdict.ROLLED_BACK or report.teardown is not None
+    return _live_version_stayed(report) or report.teardown is not None
+
+
+def _live_version_stayed(report: RolloutReport) -> bool:
+    """Whether what served before still does: rolled back, also on a cancellation, or stopped beside it."""
+    delivery = report.delivery
+    went_back = delivery is not None and (delivery.outcome is Outcome.ROLLED_BACK or delivery.is_beside_live)
+    return went_back or report.verdict is Verdict.ROLLED_BACK
 
 
 def _reason(report: RolloutReport) -> Leftover | None:
@@ -224,9 +232,8 @@ def _reason(report: RolloutReport) -> Leftover | None:
     if report.teardown is not None:
         return Leftover.UNFINISHED_TEARDOWN if report.teardown.left else None
     assert report.plan is not None, "only records with a plan have an instance"
-    beside_live = report.delivery is not None and report.delivery.is_beside_live
-    if report.verdict is Verdict.ROLLED_BACK or beside_live:
-        return None  # what serves was there before this rollout
+    if _live_version_stayed(report):
+        return None  # what serves is not this rollout's
     policy = report.plan.policy.teardown
     failed = report.verdict in (Verdict.RUNNING, Verdict.FAILED, Verdict.OBJECTIVES_MISSED)
     dead = policy is Teardown.ALWAYS or (policy is Teardown.ON_FAILURE and failed)

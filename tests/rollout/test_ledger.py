@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rollout.delivery import DeliveryKind, DeliveryReport, Outcome
 from rollout.ledger import (
     APPLY_STEP,
     EXPIRY_ANNOTATION,
@@ -83,7 +84,20 @@ def test_the_newest_applied_rollout_serves_since_the_first_of_its_kind() -> None
     assert (serving.run_id, serving.evidence) == ("run-2", Verdict.DONE)
 
 
-@pytest.mark.parametrize("newest", [record(1, "b", Verdict.ROLLED_BACK), record(1, "b", Verdict.FAILED, applies=False)])
+def canary(outcome: Outcome) -> DeliveryReport:
+    return DeliveryReport(kind=DeliveryKind.CANARY, live_before="aaaaaaaa", revision="bbbbbbbb", outcome=outcome)
+
+
+@pytest.mark.parametrize(
+    "newest",
+    [
+        record(1, "b", Verdict.ROLLED_BACK),
+        record(1, "b", Verdict.FAILED, applies=False),
+        record(1, "b", Verdict.FAILED, delivery=canary(Outcome.ROLLED_BACK)),
+        record(1, "b", Verdict.RUNNING, delivery=canary(Outcome.UNDER_WAY)),
+    ],
+    ids=["rolled back", "never applied", "cancelled", "killed halfway"],
+)
 def test_what_was_rolled_back_or_never_applied_does_not_serve(newest: RolloutReport) -> None:
     assert serving_now([record(0, "a"), newest])[SERVER].commit_sha.startswith("a")
 
