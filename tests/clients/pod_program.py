@@ -2,33 +2,48 @@
 
 `serve [SECONDS]` logs like vLLM, loads for SECONDS, then answers HTTP; `crash TEXT…` prints and exits with code 1;
 `crash-once FILE TEXT…` does so only the first time; `exit CODE` exits; `fill BYTES` reports so much local disk;
-`hang` never becomes ready.
+`hang` never becomes ready. Like vLLM it stops at once on SIGTERM, whatever it is answering.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 TOKENS = 50
+
+running = 0
+"""Answers to `/slow` under way."""
+lock = threading.Lock()
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        """`/health` is empty, `/stream` sends TOKENS chunks, `/bytes/N` N bytes, `/name` the pod's name."""
+        """`/health` is empty, `/bytes/N` has N bytes, `/name` the pod's name, and `/metrics` vLLM's gauge.
+
+        `/stream` sends TOKENS chunks; `/slow` one a second until the file exists that the environment's RELEASE names.
+        """
         if self.path == "/stream":
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for number in range(TOKENS):
-                self.chunk(f"data: {number}\n\n".encode())
-                time.sleep(0.002)
-            self.chunk(b"")
+            with self.streaming():
+                for number in range(TOKENS):
+                    self.chunk(f"data: {number}\n\n".encode())
+                    time.sleep(0.002)
+        elif self.path == "/slow":
+            with self.streaming(), counted():
+                while not Path(os.environ["RELEASE"]).exists():
+                    self.chunk(b"data: piece\n\n")
+                    time.sleep(1.0)
+                self.chunk(b"data: [DONE]\n\n")
+        elif self.path == "/metrics":
+            self.answer(f'vllm:num_requests_running{{engine="0"}} {running}.0\n'.encode())
         elif self.path.startswith("/bytes/"):
             self.answer(bytes(int(self.path.removeprefix("/bytes/"))))
         elif self.path == "/name":
@@ -46,12 +61,30 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[None]:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        yield
+        self.chunk(b"")
+
     def chunk(self, data: bytes) -> None:
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
         self.wfile.flush()
 
     def log_message(self, *_: object) -> None:
         """Probes would fill the log."""
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[None]:
+    global running
+    with lock:
+        running += 1
+    yield
+    with lock:
+        running -= 1
 
 
 class Server(ThreadingHTTPServer):

@@ -36,7 +36,6 @@ from sandbox.cluster import KubernetesServer, NodeSettings
 from sandbox.gateway import GatewayServer, ServiceProxy
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("pod_program.py")))
-STREAMING = (sys.executable, str(Path(__file__).with_name("streaming_program.py")))
 DEADLINE_S = 120.0
 MODEL = PinnedModel(
     repo_id="tests/model",
@@ -53,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubernetesServe
     root = tmp_path_factory.mktemp("cluster")
     with KubernetesServer(
         root,
-        runners={"test/": PROGRAM, "streaming/": STREAMING},
+        runners={"test/": PROGRAM},
         nodes=NodeSettings(creation_s=0.0),
         image_pull_s=0.0,
         longest_probe_period_s=0.1,
@@ -191,7 +190,7 @@ def test_an_answer_in_flight_outlives_the_revision_that_gives_it(
     server: KubernetesServer, cluster: ClusterClient, plan_for: Planner, tmp_path: Path
 ) -> None:
     release = tmp_path / "release"
-    patient = {"image": "streaming/server:1", "env": {"RELEASE": str(release)}, "termination_grace_period_s": 120}
+    patient = {"env": {"RELEASE": str(release)}, "termination_grace_period_s": 120}
     old, new = plan_for("old", **patient), plan_for("new")
     traffic = TrafficClient(cluster, new)
     one = deploy(cluster, old)

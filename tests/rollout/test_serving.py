@@ -4,28 +4,15 @@ import pytest
 from pydantic import ValidationError
 
 from rollout.serving import ServingSpec
+from tests.rollout.tutorial import TUTORIAL_ARGUMENTS
 
-TUTORIAL_ARGS = [
-    "python",
-    "-m",
-    "vllm.entrypoints.api_server",
-    "--host=0.0.0.0",
-    "--port=8080",
-    "--model=gs://gemma-4-26b-it",
-    "--tensor-parallel-size=1",
-    "--max-num-seqs=128",
-    "--gpu-memory-utilization=0.9",
-    "--limit_mm_per_prompt.image=1",
-    "--enable-auto-tool-choice",
-    "--tool-call-parser=gemma4",
-    "--reasoning-parser=gemma4",
-]
+ENTRYPOINT = ["python", "-m", "vllm.entrypoints.api_server"]
 
 
 def test_defaults_give_the_tutorials_arguments_and_the_name_that_requests_use() -> None:
     spec = ServingSpec(served_model_name="google/gemma-4-26B-A4B-it", max_model_len=None)
     args = spec.vllm_args("gs://gemma-4-26b-it")
-    assert [arg for arg in args if not arg.startswith("--served-model-name")] == TUTORIAL_ARGS
+    assert [arg for arg in args if not arg.startswith("--served-model-name")] == [*ENTRYPOINT, *TUTORIAL_ARGUMENTS]
     assert "--served-model-name=google/gemma-4-26B-A4B-it" in args
 
 

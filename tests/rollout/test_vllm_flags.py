@@ -7,19 +7,7 @@ from typing import Any
 import pytest
 
 from rollout.vllm_flags import FLAGS, InvalidVllmArguments, Kind, nearest_flag, parse_arguments
-
-TUTORIAL_ARGUMENTS = [
-    "--host=0.0.0.0",
-    "--port=8080",
-    "--model=gs://gemma-4-26b-it",
-    "--tensor-parallel-size=1",
-    "--max-num-seqs=128",
-    "--gpu-memory-utilization=0.9",
-    "--limit_mm_per_prompt.image=1",
-    "--enable-auto-tool-choice",
-    "--tool-call-parser=gemma4",
-    "--reasoning-parser=gemma4",
-]
+from tests.rollout.tutorial import TUTORIAL_ARGUMENTS
 
 
 def test_the_tutorials_arguments_are_accepted() -> None:
