@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from rollout.curve import Curve, build_curve, is_sustained, plateau_ttft_s, saturation_rate
 from rollout.stage import Stage
 from rollout.values import CommitSha, Value, content_digest
-from rollout.workload import QUICKSTART, Workload
+from rollout.workload import QUICKSTART, NamedWorkload
 
 GROWTH = 2.0
 """From one stage to the next until the server saturates: 6 stages for a factor of 32."""
@@ -48,7 +48,8 @@ class Endpoint(StrEnum):
 class BenchmarkSpec(Value):
     """A load sweep."""
 
-    workload: Workload = QUICKSTART
+    workload: NamedWorkload = QUICKSTART
+    """Spelled out, or the name of one of the quickstart's use cases, e.g. `chatbot`."""
     engine: Engine = Engine.BUILTIN
     endpoint: Endpoint = Endpoint.COMPLETIONS
     rates_per_s: tuple[Annotated[float, Field(gt=0)], ...] = ()

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from rollout.errors import BadInput
 from rollout.values import Value, content_digest
@@ -289,6 +289,21 @@ def workload_named(name: str) -> Workload:
         raise BadInput(
             f"there is no workload {name!r}.", where="workload", resolution=f"Known are {', '.join(WORKLOADS)}."
         ) from None
+
+
+def _spelled_out(given: object) -> object:
+    """A use case's name stands for its workload."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return workload_named(given)
+    except BadInput as error:
+        raise ValueError(f"{error.summary} {error.resolution}") from error
+
+
+_WorkloadName = Annotated[str, Field(json_schema_extra={"enum": [*WORKLOADS]})]
+NamedWorkload = Annotated[Workload, BeforeValidator(_spelled_out, json_schema_input_type=_WorkloadName | Workload)]
+"""A field that takes a workload, or the name of one of `WORKLOADS`; it holds the workload itself."""
 
 
 def dataset_workload(name: str, lines: Iterable[str], *, output_tokens: int = 256, **fields: Any) -> Workload:

@@ -17,6 +17,7 @@ from rollout.stage import (
     server_side,
     summarize,
 )
+from rollout.workload import WORKLOADS
 from tests.rollout.curves import QueueServer
 
 SERVER = QueueServer(10)
@@ -194,3 +195,18 @@ def test_a_report_survives_json_and_says_what_a_reader_must_know() -> None:
     assert BenchmarkReport.model_validate_json(report.model_dump_json()) == report
     assert report.notes == ("2 requests did not complete. no answer",)
     assert not math.isnan(report.curve.max_output_tokens_per_s)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_use_case_can_be_named_and_the_form_lists_them(name: str) -> None:
+    spec = BenchmarkSpec.model_validate({"workload": name})
+    assert spec.workload == WORKLOADS[name]
+    assert BenchmarkSpec.model_validate(spec.model_dump(mode="json")) == spec
+    names, spelled_out = BenchmarkSpec.model_json_schema()["properties"]["workload"]["anyOf"]
+    assert name in names["enum"]
+    assert spelled_out["$ref"].endswith("/Workload")
+
+
+def test_an_unknown_use_case_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ValidationError, match="no workload 'chat'.*chatbot"):
+        BenchmarkSpec.model_validate({"workload": "chat"})
