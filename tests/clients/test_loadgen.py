@@ -13,16 +13,19 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from rollout.benchmark import BenchmarkSpec, PlannedStage
+from rollout.benchmark import BenchmarkSpec, PlannedStage, next_stage
 from rollout.benchmark import Endpoint as ApiEndpoint
 from rollout.clients.loadgen import LoadGenerator, client_side, run_benchmark
 from rollout.clients.openai_api import OpenAiApi
 from rollout.clients.streams import Endpoint, OutgoingRequest, StreamLoop, StreamsResult
+from rollout.curve import build_curve
 from rollout.errors import BadInput, RolloutError
 from rollout.objectives import Objectives
 from rollout.stage import FailureKind, LatencyLimit, LatencyMetric, RequestRecord, Stage
 from rollout.workload import PrefixSharing, fixed_workload
 from sandbox.server import LoopbackServer
+from tests.endless_server import MODEL as ENDLESS
+from tests.endless_server import endless_server
 from tests.engines import MODEL, free_port, simulated_engine
 
 WORKLOAD = fixed_workload(40, 8)
@@ -355,6 +358,22 @@ def records(delay_s: float) -> list[RequestRecord]:
 def test_the_client_says_when_it_is_the_limit(result: StreamsResult, reason: str | None) -> None:
     limited_by = client_side(result).limited_by
     assert (limited_by is None) if reason is None else (reason in (limited_by or ""))
+
+
+def test_past_its_own_limit_the_client_says_so_and_calls_it_no_knee(tmp_path: Path) -> None:
+    benchmark = spec(workload=fixed_workload(8, 1000), drain_timeout_s=120.0)
+    with endless_server(tmp_path) as url:
+        generator = LoadGenerator(OpenAiApi(url), ENDLESS, benchmark)
+        # The second is several times what one core can read.
+        easy, beyond = (generator.measure(PlannedStage(rate_per_s=rate, duration_s=1.0)) for rate in (10.0, 1500.0))
+    assert easy.client is not None
+    assert beyond.client is not None
+    assert beyond.client.limited_by is not None
+    curve = build_curve([easy, beyond])
+    assert curve.points[-1].client_limited
+    assert curve.knee is None
+    assert "the load generator itself was the limit" in curve.not_reached
+    assert next_stage(benchmark, [easy, beyond]) is None, "more load than the client can make proves nothing"
 
 
 def test_running_out_of_files_is_the_clients_fault(tmp_path: Path) -> None:
