@@ -208,5 +208,5 @@ def test_a_use_case_can_be_named_and_the_form_lists_them(name: str) -> None:
 
 
 def test_an_unknown_use_case_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ValidationError, match="no workload 'chat'.*chatbot"):
+    with pytest.raises(ValidationError, match=r"no workload 'chat'.*chatbot"):
         BenchmarkSpec.model_validate({"workload": "chat"})
