@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from rollout.curve import Curve, build_curve, is_sustained, plateau_ttft_s, saturation_rate
+from rollout.curve import Curve, bracket, build_curve, is_sustained, plateau_ttft_s, saturation_rate
 from rollout.stage import Stage
 from rollout.values import CommitSha, Value, content_digest
 from rollout.workload import QUICKSTART, NamedWorkload
@@ -137,7 +137,8 @@ def next_rate(spec: BenchmarkSpec, stages: Sequence[Stage]) -> float | None:
     curve = build_curve(stages, resolution=spec.resolution)
     if curve.knee is None:
         return _higher_rate(spec, stages, curve)
-    lower, upper = curve.knee.lower_rate_per_s, curve.knee.upper_rate_per_s
+    lower, upper = bracket(stages)
+    assert upper is not None  # there is a knee
     if lower <= 0:
         return _four_digits(upper / GROWTH)
     if upper / lower > 1 + spec.resolution * 1.01:

@@ -9,6 +9,7 @@ from rollout.benchmark import BenchmarkSpec, next_stage
 from rollout.curve import (
     Confidence,
     Zone,
+    bracket,
     build_curve,
     headroom,
     highest_rate_within,
@@ -52,6 +53,28 @@ def test_zones_follow_from_the_bracket() -> None:
     assert (curve.knee.lower_rate_per_s, curve.knee.upper_rate_per_s) == (9.8, 10.8)
     assert curve.knee.rate_per_s == pytest.approx(10)
     assert curve.knee.confidence is Confidence.MEDIUM
+
+
+def test_the_estimate_lies_within_the_bracket_where_throughput_and_verdict_differ() -> None:
+    # 2 % above its capacity, a queue grows by less than what chance alone does in a stage of 30 s.
+    server = QueueServer(10)
+    stages = [server.stage(rate) for rate in (1, 4, 10.2, 10.2, 11, 11)]
+    knee = build_curve(stages).knee
+    assert knee is not None
+    assert knee.rate_per_s == pytest.approx(10)
+    assert knee.lower_rate_per_s <= knee.rate_per_s <= knee.upper_rate_per_s == 11
+    # The search goes on from what was measured.
+    assert bracket(stages) == (10.2, 11)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_no_knee_is_outside_its_bracket(noise: float) -> None:
+    source = random.Random(3)
+    for seed in range(60):
+        server = QueueServer(10 ** source.uniform(-0.3, 2.5), base_ttft_s=10 ** source.uniform(-2, 0), noise=noise)
+        knee = build_curve(server.sweep(SPEC, seed=seed)).knee
+        assert knee is not None
+        assert knee.lower_rate_per_s <= knee.rate_per_s <= knee.upper_rate_per_s, seed
 
 
 def test_repeated_sides_give_high_confidence_and_a_wide_bracket_low() -> None:
