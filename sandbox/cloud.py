@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -38,9 +38,18 @@ logger = logging.getLogger(__name__)
 class EmbeddedCloud:
     """Start and stop everything; `target()` is all that a rollout needs to know of it."""
 
-    def __init__(self, root: Path, *, hub_options: Sequence[str] = (), **cluster_settings: Any) -> None:
-        """`hub_options` go to `python -m sandbox.hub`, e.g. a shaped link; the rest to `KubernetesServer`."""
+    def __init__(
+        self,
+        root: Path,
+        *,
+        hub_options: Sequence[str] = (),
+        quotas: Mapping[str, float] | None = None,
+        **cluster_settings: Any,
+    ) -> None:
+        """`hub_options` go to `python -m sandbox.hub`, e.g. a shaped link; `quotas` override the region's limits by
+        metric; the rest goes to `KubernetesServer`."""
         self.root = root
+        self._quotas = quotas
         self._hub_options = hub_options
         self._cluster_settings = cluster_settings
         self._children: list[Child] = []
@@ -66,7 +75,11 @@ class EmbeddedCloud:
         self.hub_url: str = hub.ready_line(READY_TIMEOUT_S)["url"]
         self.storage_url: str = storage.ready_line(READY_TIMEOUT_S)["url"]
         self.google = GoogleApisServer(
-            root=self.root / "google", project=PROJECT, region=REGION, universe_domain=UNIVERSE_DOMAIN
+            root=self.root / "google",
+            project=PROJECT,
+            region=REGION,
+            universe_domain=UNIVERSE_DOMAIN,
+            quotas=self._quotas,
         ).start()
         self.recommender = RecommenderServer().start()
         self.google.remove_nodes()
