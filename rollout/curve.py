@@ -210,6 +210,12 @@ def _why_not_reached(points: Sequence[CurvePoint], lower: float) -> str:
             f"the knee is above {lower:.3g} requests/s: from {min(limited):.3g} requests/s the load generator itself"
             " was the limit. Use the in-cluster engine (inference-perf), or a machine with more free CPU."
         )
+    doubtful = [f"{point.rate_per_s:.3g}" for point in points if not point.agree]
+    if doubtful:
+        return (
+            f"the stages at {', '.join(doubtful)} requests/s contradict one another, so the knee is near and not found."
+            " Raise max_stages or stage_duration_s."
+        )
     return f"the knee is above {lower:.3g} requests/s, the highest rate that was offered and sustained."
 
 
@@ -242,8 +248,8 @@ def _knee(points: Sequence[CurvePoint], lower: float, upper: float, stages: Sequ
     tokens_per_request = stages[0].offered_output_tokens_per_s / stages[0].rate_per_s
     return Knee(
         rate_per_s=rate,
-        # A slight overload hides in a short stage's noise, and not in the throughput, which is within 0.5 % of the
-        # truth where the verdict is 5 % above it (docs/benchmarks/verification.md): where they differ, it decides.
+        # A slight overload hides in a short stage's noise, and not in the throughput, which is within 2 % of the truth
+        # where the verdict is 5 to 11 % above it (docs/benchmarks/verification.md): where they differ, it decides.
         lower_rate_per_s=min(lower, rate),
         upper_rate_per_s=upper,
         output_tokens_per_s=rate * tokens_per_request,

@@ -67,6 +67,13 @@ def test_the_estimate_lies_within_the_bracket_where_throughput_and_verdict_diffe
     assert bracket(stages) == (10.2, 11)
 
 
+def test_a_search_that_ends_in_contradictions_says_so_and_claims_nothing() -> None:
+    fast, slow = QueueServer(10), QueueServer(8)
+    curve = build_curve([fast.stage(1), fast.stage(9.5), slow.stage(9.5)])
+    assert curve.knee is None
+    assert "9.5 requests/s contradict one another" in curve.not_reached
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_no_knee_is_outside_its_bracket(noise: float) -> None:
     source = random.Random(3)
