@@ -76,6 +76,15 @@ class BenchmarkSpec(Value):
             )
         return self
 
+    @model_validator(mode="after")
+    def _engine_can_send_the_workload(self) -> BenchmarkSpec:
+        if self.engine is Engine.INFERENCE_PERF and not self.workload.is_lengths_alone:
+            raise ValueError(
+                f"inference-perf cannot send the workload {self.workload.name}: use the built-in engine for datasets"
+                " and shared prefixes"
+            )
+        return self
+
 
 class PlannedStage(Value):
     rate_per_s: float

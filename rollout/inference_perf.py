@@ -56,16 +56,11 @@ def config(
 
     `tokenizer` is a Hugging Face repository or a path in the container. Equal seeds send equal prompts, which the
     prefix cache would answer. Lengths that are not fixed are drawn from a log-normal distribution with the workload's
-    mean, standard deviation, minimum and maximum: the tool knows no quantiles. Raises BadInput for what the tool cannot
-    send: datasets and shared prefixes.
+    mean, standard deviation, minimum and maximum: the tool knows no quantiles.
     """
     workload = spec.workload
-    if workload.input_lengths is None or workload.output_lengths is None or workload.shared_prefix is not None:
-        raise BadInput(
-            f"inference-perf cannot send the workload {workload.name}.",
-            where="benchmark.engine",
-            resolution="Use the built-in engine for datasets and shared prefixes.",
-        )
+    assert workload.input_lengths is not None  # `BenchmarkSpec` refuses this engine for anything else
+    assert workload.output_lengths is not None
     duration_s = max(1, round(planned_duration_s(stage.rate_per_s, stage.duration_s)))
     return {
         "api": {"type": "chat" if spec.endpoint is Endpoint.CHAT else "completion", "streaming": True},

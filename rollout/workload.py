@@ -167,6 +167,11 @@ class Workload(Value):
         return content_digest(self.model_dump(mode="json", exclude={"description"}))
 
     @property
+    def is_lengths_alone(self) -> bool:
+        """Whether any tool that draws lengths can send it: no texts of its own, nothing shared."""
+        return not self.dataset and self.shared_prefix is None
+
+    @property
     def mean_output_tokens(self) -> float:
         if self.output_lengths is not None:
             return self.output_lengths.mean

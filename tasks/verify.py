@@ -85,7 +85,8 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
                 pods=pods,
                 metrics_url=base_url,
                 limits=objectives.request_limits,
-                hub_token=hub_token(plan.target),
+                # Only the token that the target names: one of this machine's environment is not for the cluster.
+                hub_token=hub_token(plan.target) if plan.target.hub_token_secret else None,
                 on_progress=logger.info,
             )
 

@@ -103,7 +103,7 @@ class LoadJobs:
     def manifests(self, planned: PlannedStage, repeat: int, deadline_s: float) -> tuple[KubernetesObject, ...]:
         """What a stage needs in the cluster, the Job last."""
         plan, serving, target = self._plan, self._plan.serving, self._plan.target
-        facts = [self._spec.model_dump(mode="json"), planned.model_dump(mode="json"), self._pods, repeat]
+        facts = [self._spec.model_dump(mode="json"), planned.model_dump(mode="json"), self._pods, repeat, self._image]
         digest = content_digest(facts, 10)
         name = f"{serving.name[:47]}-load-{digest}"  # 63 characters in all
         configuration = inference_perf.config(

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from rollout.benchmark import BenchmarkSpec, Endpoint, PlannedStage
+from rollout.benchmark import BenchmarkSpec, Endpoint, Engine, PlannedStage
 from rollout.errors import BadInput
 from rollout.inference_perf import (
     IMAGE,
@@ -66,8 +67,8 @@ def test_fixed_lengths_and_constant_arrivals_stay_so() -> None:
     [dataset_workload("own", ['{"prompt": "a"}']), fixed_workload(64, 8, shared_prefix=PrefixSharing(tokens=32))],
 )
 def test_what_the_tool_cannot_send_is_refused(workload: Any) -> None:
-    with pytest.raises(BadInput, match="built-in engine"):
-        configured(BenchmarkSpec(workload=workload))
+    with pytest.raises(ValidationError, match="built-in engine"):
+        BenchmarkSpec(workload=workload, engine=Engine.INFERENCE_PERF)
 
 
 def test_the_standard_deviation_is_that_of_the_quantile_function() -> None:
