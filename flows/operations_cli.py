@@ -21,7 +21,7 @@ TargetOption = Annotated[
 
 def mount(app: typer.Typer) -> None:
     """Add the commands of this module to `app`."""
-    for command in (bootstrap, run, verify, watch_releases, webhook, janitor, status, history, rollback):
+    for command in (bootstrap, run, verify, profile, watch_releases, webhook, janitor, status, history, rollback):
         app.command()(command)
 
 
@@ -137,6 +137,50 @@ def verify(
     from flows.verify_model import verify_model
 
     done = verify_model(request, report_file=str(report))
+    for row in step_table(done):
+        typer.echo("{} {:<24} {:>7} s  {}".format(*row))
+
+
+def profile(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Preset in deployments/models/, or a YAML file.")],
+    target: TargetOption,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Replicas that the autoscaler must bring in the scaling test; 1: no test.")
+    ] = 1,
+    target_ttft: Annotated[
+        float | None, typer.Option("--target-ttft-milliseconds", help="Median TTFT to hold.")
+    ] = None,
+    target_ntpot: Annotated[
+        float | None, typer.Option("--target-ntpot-milliseconds", help="Median NTPOT to hold.")
+    ] = None,
+    target_itl: Annotated[float | None, typer.Option("--target-itl-milliseconds", help="Median ITL to hold.")] = None,
+    max_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's upper limit.")] = 8,
+    adapter: Annotated[str, typer.Option(help="Metrics adapter of the cluster: stackdriver or prometheus.")] = (
+        "stackdriver"
+    ),
+    max_shortfall: Annotated[
+        float | None, typer.Option(min=0, help="Share by which a figure may be worse than Google's forecast.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: the preset's.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML file of a policy: its benchmark is the sweep.")] = None,
+    report: Annotated[Path, typer.Option("--report", help="The machine-readable record.")] = Path("out/profile.json"),
+) -> None:
+    """Sweep one replica, derive its autoscaler, and test that scaling holds. Policy `teardown: always` leaves nothing.
+
+    Afterwards a rollout with `autoscaling` in its policy applies the autoscaler.
+    """
+    from flows.requests import request_of
+    from rollout.catalog import validated
+    from rollout.profiling import ProfilingSpec
+    from rollout.show import step_table
+
+    request = request_of(model, target, revision, policy).model_copy(update={"replicas": replicas})
+    latencies = {"ttft_ms": target_ttft, "ntpot_ms": target_ntpot, "itl_ms": target_itl}
+    scaling = {"targets": latencies, "max_replicas": max_replicas, "adapter": adapter}
+    wanted = validated(ProfilingSpec, {"autoscaling": scaling, "max_shortfall": max_shortfall}, where="profile")
+    from flows.profile_model import profile_model
+
+    done = profile_model(request, profiling=wanted, report_file=str(report))
     for row in step_table(done):
         typer.echo("{} {:<24} {:>7} s  {}".format(*row))
 

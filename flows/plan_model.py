@@ -7,6 +7,7 @@ from prefect import flow
 from rollout.plan import RolloutPlan
 from rollout.request import RolloutRequest, RolloutSpec, resolve
 from tasks.planning import observe_target, pin_model, plan_rollout
+from tasks.profiling import autoscale_as_profiled
 from tasks.step import Story
 
 
@@ -21,7 +22,8 @@ def plan_model(request: RolloutRequest) -> RolloutPlan:
 
 
 def make_plan(spec: RolloutSpec, story: Story) -> RolloutPlan:
-    """The first three steps of every rollout."""
+    """The first steps of every rollout."""
     model = story.run(pin_model, spec)
-    observed = story.run(observe_target, spec, model)
-    return story.run(plan_rollout, spec, model, observed)
+    scaling = story.run(autoscale_as_profiled, spec, model) if spec.policy.autoscaling else None
+    observed = story.run(observe_target, spec, model, scaling)
+    return story.run(plan_rollout, spec, model, observed, scaling)

@@ -128,6 +128,9 @@ def verify(plan: RolloutPlan, record: Record) -> None:
     if plan.policy.benchmark is None:
         story.skip("benchmark", "not asked for by the policy")
         return
+    if plan.policy.autoscaling is not None:
+        story.skip("benchmark", "replicas that come and go have no curve; the profile of one was measured before")
+        return
     benchmark = story.run(benchmark_model, plan, start.pods, plan.policy.benchmark)
     record.keep(benchmark=benchmark)
     verdict = story.run(judge_objectives, plan, smoke, benchmark)

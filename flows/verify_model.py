@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.rollout_model import verify
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.records import RecordStore
 from rollout.clients.traffic import TrafficClient
@@ -14,8 +15,6 @@ from rollout.record import RolloutReport
 from rollout.request import RolloutRequest, resolve
 from rollout.revisions import plan_of_live
 from tasks.record import recorded
-from tasks.serve import wait_until_available
-from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
 
 
 @flow(name="verify-model", flow_run_name="verify {request.model} on {request.target}")
@@ -34,19 +33,7 @@ def verify_model(request: RolloutRequest, report_file: str | None = None) -> Rol
     plan = _plan_of_what_serves(request).model_copy(update={"policy": spec.policy, "target": spec.target})
     with recorded(spec.target, report_file) as record:
         record.keep(plan=plan)
-        story = record.story
-        start = story.run(wait_until_available, plan)
-        smoke = story.run(smoke_test, plan)
-        record.keep(smoke=smoke)
-        require_passed(smoke)
-        if plan.policy.benchmark is None:
-            story.skip("benchmark", "not asked for by the policy")
-        else:
-            benchmark = story.run(benchmark_model, plan, start.pods, plan.policy.benchmark)
-            record.keep(benchmark=benchmark)
-            verdict = story.run(judge_objectives, plan, smoke, benchmark)
-            record.keep(objectives=verdict)
-            require_met(verdict)
+        verify(plan, record)
     return record.report
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
 
 from rollout.curve import TARGET_UTILISATION
 from rollout.errors import BadInput
-from rollout.preflight import Check, failed, ok
+from rollout.preflight import Check, failed, ok, warning
 from rollout.profiles import Profile, Targets
 from rollout.rendering import KubernetesObject, read_manifests, render
 from rollout.values import Value
@@ -47,6 +50,29 @@ class Adapter(StrEnum):
 
     def metric(self, name: str) -> str:
         return f"prometheus.googleapis.com|{name}|gauge" if self is Adapter.STACKDRIVER else name
+
+
+class AutoscalingSpec(Value):
+    """What the replicas follow, and how far."""
+
+    targets: Targets = Field(
+        Targets(),
+        title="Latency targets",
+        description="Median TTFT, NTPOT and ITL in milliseconds that the autoscaler must hold; empty: most throughput.",
+        json_schema_extra={"position": 0},
+    )
+    max_replicas: Annotated[int, Field(ge=1, le=1000)] = Field(
+        8,
+        title="Most replicas",
+        description="Upper bound of the autoscaler; the preset's replicas are the lower one.",
+        json_schema_extra={"position": 1},
+    )
+    adapter: Adapter = Field(
+        Adapter.STACKDRIVER,
+        title="Metrics adapter",
+        description="Who brings vLLM's metrics to the autoscaler: Google's stackdriver or the cluster's prometheus.",
+        json_schema_extra={"position": 2},
+    )
 
 
 class TargetUnreachable(BadInput):
@@ -132,6 +158,7 @@ def autoscaler_object(
     namespace: str,
     labels: Mapping[str, str],
     max_replicas: int,
+    min_replicas: int = 1,
     adapter: Adapter = Adapter.STACKDRIVER,
 ) -> KubernetesObject:
     """The HorizontalPodAutoscaler of the Deployment `name`. The Deployment must not state `replicas` any more."""
@@ -139,7 +166,7 @@ def autoscaler_object(
         "name": name,
         "namespace": namespace,
         "labels": dict(labels),
-        "min_replicas": 1,
+        "min_replicas": min_replicas,
         "max_replicas": max_replicas,
         "hpa_metric": adapter.metric(METRIC),
         "hpa_average_value": str(autoscaling.threshold),
@@ -148,13 +175,15 @@ def autoscaler_object(
     return render(read_manifests(["horizontal-pod-autoscaler.yaml"]), values)[0]
 
 
-def check_metrics_adapter(api_groups: Iterable[str]) -> Check:
-    """Whether the cluster has the adapter that an HPA on vLLM's metrics needs; `api_groups` as its discovery names."""
+def check_metrics_adapter(api_groups: Iterable[str] | None) -> Check:
+    """Whether the cluster has the adapter that an HPA on vLLM's metrics needs.
+
+    `api_groups` are those that its discovery names; None for a cluster that is still to be made, and has none yet.
+    """
     name = "metrics adapter"
+    install = f"kubectl apply -f {ADAPTER_MANIFEST} (see {ADAPTER_DOCS})."
+    if api_groups is None:
+        return warning(name, "a new cluster has none: the autoscaler acts once it is installed", install)
     if CUSTOM_METRICS_API in set(api_groups):
         return ok(name, f"{CUSTOM_METRICS_API} is served")
-    return failed(
-        name,
-        f"{CUSTOM_METRICS_API} is not served: the HorizontalPodAutoscaler would never act",
-        f"kubectl apply -f {ADAPTER_MANIFEST} (see {ADAPTER_DOCS}).",
-    )
+    return failed(name, f"{CUSTOM_METRICS_API} is not served: the HorizontalPodAutoscaler would never act", install)

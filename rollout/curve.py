@@ -109,14 +109,14 @@ class Curve(Value):
 
 def is_sustained(stage: Stage, plateau_ttft_s: float | None) -> bool:
     """Whether the server kept up with the stage; `plateau_ttft_s` is the median TTFT without load."""
-    if stage.failed_share > FAILED_SHARE_AT_MOST or stage.follows < _least_follows(stage):
+    if stage.failed_share > FAILED_SHARE_AT_MOST or stage.follows < least_follows(stage):
         return False
     # With n random arrivals the backlog near the end varies by about 0.25/√n of the stage; 0.4 is 1.6 times that.
     tolerance = FALLS_BEHIND_BY + 0.4 / math.sqrt(max(1, stage.requests))
     return _falls_behind_by(stage, plateau_ttft_s) < tolerance
 
 
-def _least_follows(stage: Stage) -> float:
+def least_follows(stage: Stage) -> float:
     """`FOLLOWS_AT_LEAST`, less the noise of few answers: one more or less is no overload."""
     return FOLLOWS_AT_LEAST - 2 / math.sqrt(max(1, stage.requests))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from rollout.autoscaling import AutoscalingSpec
 from rollout.benchmark import BenchmarkSpec
 from rollout.delivery import DeliveryStrategy
 from rollout.objectives import Objectives
@@ -102,3 +103,18 @@ class RolloutPolicy(Value):
         description="How long a node takes to be ready with the image: scale-up ≈300 s + image ≈200 s.",
         json_schema_extra={"position": 9},
     )
+    autoscaling: AutoscalingSpec | None = Field(
+        None,
+        description="Replicas follow the requests in flight, by a HorizontalPodAutoscaler from the measured profile of"
+        " exactly this model, image and flags (profile-model makes one). Empty: the replicas are fixed.",
+        json_schema_extra={"position": 10},
+    )
+
+    @model_validator(mode="after")
+    def _autoscaling_in_place(self) -> RolloutPolicy:
+        if self.autoscaling is not None and self.delivery.by_revisions:
+            raise ValueError(
+                "autoscaling goes with delivery.kind rolling: canary and blue_green set the replicas of each revision"
+                " themselves"
+            )
+        return self

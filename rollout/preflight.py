@@ -161,6 +161,14 @@ def check_gpu_quota(needed: int, limit: float | None, usage: float | None, *, me
     )
 
 
+def check_scale_out(most: int, quota: Check) -> Check:
+    """`quota`, the answer for `most` replicas, as what it means for an autoscaler: a limit that load may meet later."""
+    name = f"GPU quota of {most} replicas"
+    if quota.state is CheckState.FAILED:
+        return warning(name, quota.why, "Ask for more, or lower autoscaling.max_replicas: later pods would wait.")
+    return quota.model_copy(update={"name": name})
+
+
 def gke_version(text: str) -> tuple[int, ...]:
     """`1.30.2-gke.1394000` -> (1, 30, 2, 1394000): comparable."""
     return tuple(int(number) for number in re.findall(r"\d+", text))

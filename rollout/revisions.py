@@ -50,10 +50,14 @@ def revision_of_plan(plan: RolloutPlan) -> str:
 
 def revision_plan(plan: RolloutPlan, *, replicas: int | None = None) -> RolloutPlan:
     """The plan as the tasks that serve and verify one Deployment need it: under the revision's own names."""
-    serving = revised(plan.serving, revision_of_plan(plan))
-    objects = tuple(_scaled(item, replicas) if replicas else item for item in plan.objects)
-    if replicas:
-        serving = serving.model_copy(update={"replicas": replicas})
+    own = plan.model_copy(update={"serving": revised(plan.serving, revision_of_plan(plan))})
+    return with_replicas(own, replicas) if replicas else own
+
+
+def with_replicas(plan: RolloutPlan, replicas: int) -> RolloutPlan:
+    """The plan with another number of pods."""
+    serving = plan.serving.model_copy(update={"replicas": replicas})
+    objects = tuple(_scaled(item, replicas) for item in plan.objects)
     return plan.model_copy(update={"serving": serving, "objects": objects})
 
 

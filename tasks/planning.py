@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from rollout import preflight
+from rollout.autoscaling import Autoscaling
 from rollout.clients.hub import HubClient
 from rollout.clients.observe import observe
 from rollout.model import PinnedModel
 from rollout.plan import Observation, RolloutPlan, make_plan, rollout_id
+from rollout.profiling import autoscaler_of
 from rollout.rendering import KubernetesObject
 from rollout.report import Action
 from rollout.request import RolloutSpec
@@ -36,9 +38,10 @@ def pin_model(spec: RolloutSpec) -> Outcome[PinnedModel]:
 
 
 @step("observe")
-def observe_target(spec: RolloutSpec, model: PinnedModel) -> Outcome[Observation]:
+def observe_target(spec: RolloutSpec, model: PinnedModel, scaling: Autoscaling | None = None) -> Outcome[Observation]:
     """Read what exists and run every preflight check. Failed checks are shown all at once by `plan_rollout`."""
-    observed = observe(model, spec.serving, spec.target, _objects(spec, model), hub_token=hub_token(spec.target))
+    objects = _objects(spec, model, scaling)
+    observed = observe(model, spec.serving, spec.target, objects, hub_token=hub_token(spec.target))
     rows = [
         {"check": check.name, "state": check.state.value, "why": check.why, "what to do": check.resolution}
         for check in observed.checks
@@ -54,9 +57,11 @@ def observe_target(spec: RolloutSpec, model: PinnedModel) -> Outcome[Observation
 
 
 @step("plan")
-def plan_rollout(spec: RolloutSpec, model: PinnedModel, observed: Observation) -> Outcome[RolloutPlan]:
+def plan_rollout(
+    spec: RolloutSpec, model: PinnedModel, observed: Observation, scaling: Autoscaling | None = None
+) -> Outcome[RolloutPlan]:
     """Turn observation and spec into the plan, publish it, and stop here when a preflight check failed."""
-    plan = make_plan(model, spec.serving, spec.target, spec.policy, observed, _objects(spec, model))
+    plan = make_plan(model, spec.serving, spec.target, spec.policy, observed, _objects(spec, model, scaling))
     preflight.require(plan.checks)
     actions = [change.action for change in plan.changes]
     counted = ", ".join(f"{actions.count(action)} {action.value}" for action in Action if action in actions)
@@ -68,6 +73,10 @@ def plan_rollout(spec: RolloutSpec, model: PinnedModel, observed: Observation) -
     )
 
 
-def _objects(spec: RolloutSpec, model: PinnedModel) -> tuple[KubernetesObject, ...]:
-    identity = rollout_id(model, spec.serving, spec.target)
-    return planned_objects(model, spec.serving, spec.target, spec.policy.delivery, rollout_id=identity)
+def _objects(spec: RolloutSpec, model: PinnedModel, scaling: Autoscaling | None) -> tuple[KubernetesObject, ...]:
+    serving, target = spec.serving, spec.target
+    identity = rollout_id(model, serving, target)
+    objects = planned_objects(model, serving, target, spec.policy.delivery, rollout_id=identity)
+    if scaling is None or spec.policy.autoscaling is None:
+        return objects
+    return (*objects, autoscaler_of(scaling, spec.policy.autoscaling, serving, target, rollout_id=identity))

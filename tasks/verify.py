@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prefect import get_run_logger
 
-from rollout.benchmark import BenchmarkReport, BenchmarkSpec, Environment
+from rollout.benchmark import BenchmarkReport, BenchmarkSpec
 from rollout.clients.benchmarks import StageStore
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.history import BucketHistory
@@ -18,6 +20,7 @@ from rollout.history import CurveRecord, keep, last_good, records_of
 from rollout.objectives import Verdict, judge
 from rollout.pictures import latency_over_throughput, tokens_over_rate, ttft_over_rate
 from rollout.plan import RolloutPlan, known_price
+from rollout.profiling import environment_of
 from rollout.report import StepStatus
 from rollout.show import benchmark_markdown, curve_summary, verdict_markdown
 from rollout.smoke import CANARIES, Capabilities, SmokeReport, with_expectations
@@ -62,7 +65,7 @@ def require_passed(report: SmokeReport) -> None:
 def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpec) -> Outcome[BenchmarkReport]:
     """Load sweep to saturation. Finished stages of the same pods are not measured again."""
     logger = get_run_logger()
-    environment = environment_of(plan)
+    environment = environment_of(plan.model, plan.serving, plan.target)
     store = StageStore(plan.target, environment, spec, pods)
     completed = store.read()
     bar = ProgressBar("benchmark-progress", "Load sweep")
@@ -73,33 +76,9 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
         store.write(stages)
         bar.update(min(99.0, 100.0 * len(stages) / spec.max_stages))
 
-    objectives = plan.policy.objectives
     cluster = ClusterClient.connect(plan.target)
     with cluster.endpoint(plan.serving.service_name) as base_url:
-
-        def in_cluster(as_measured: BenchmarkSpec) -> LoadJobs:
-            return LoadJobs(
-                cluster,
-                plan,
-                as_measured,
-                pods=pods,
-                metrics_url=base_url,
-                limits=objectives.request_limits,
-                # Only the token that the target names: one of this machine's environment is not for the cluster.
-                hub_token=hub_token(plan.target) if plan.target.hub_token_secret else None,
-                on_progress=logger.info,
-            )
-
-        report = run_benchmark(
-            base_url,
-            spec,
-            model=plan.serving.served_model_name,
-            on_stage=keep_stage,
-            objectives=objectives,
-            completed=completed,
-            environment=environment,
-            in_cluster=in_cluster,
-        )
+        report = measure(plan, spec, cluster, base_url, pods=pods, completed=completed, on_stage=keep_stage)
     bar.update(100.0)
     measured = len(report.stages) - len(completed)
     if completed:
@@ -114,6 +93,44 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
             Artifact(f"benchmark-{name}", f"Load sweep of {environment.model}: {name}", png=png)
             for name, png in _pictures(plan, report).items()
         ),
+    )
+
+
+def measure(
+    plan: RolloutPlan,
+    spec: BenchmarkSpec,
+    cluster: ClusterClient,
+    base_url: str,
+    *,
+    pods: tuple[str, ...] = (),
+    completed: tuple[Stage, ...] = (),
+    on_stage: Callable[[Stage], None] | None = None,
+) -> BenchmarkReport:
+    """Sweep the plan's model server with the engine of `spec`; `pods` tell one in-cluster sweep from another."""
+    objectives = plan.policy.objectives
+
+    def in_cluster(as_measured: BenchmarkSpec) -> LoadJobs:
+        return LoadJobs(
+            cluster,
+            plan,
+            as_measured,
+            pods=pods,
+            metrics_url=base_url,
+            limits=objectives.request_limits,
+            # Only the token that the target names: one of this machine's environment is not for the cluster.
+            hub_token=hub_token(plan.target) if plan.target.hub_token_secret else None,
+            on_progress=get_run_logger().info,
+        )
+
+    return run_benchmark(
+        base_url,
+        spec,
+        model=plan.serving.served_model_name,
+        on_stage=on_stage,
+        objectives=objectives,
+        completed=completed,
+        environment=environment_of(plan.model, plan.serving, plan.target),
+        in_cluster=in_cluster,
     )
 
 
@@ -156,19 +173,6 @@ def require_met(verdict: Verdict) -> None:
     """Raise `ObjectivesMissed` with the reason of every miss."""
     if not verdict.met:
         raise ObjectivesMissed(verdict.summary(), where="objectives")
-
-
-def environment_of(plan: RolloutPlan) -> Environment:
-    """What is measured: curves are comparable when this agrees."""
-    serving = plan.serving
-    return Environment(
-        model=serving.served_model_name,
-        commit_sha=plan.model.commit_sha,
-        image=serving.image,
-        flags=tuple(serving.vllm_args(plan.weights_uri)),
-        accelerator=serving.accelerator.type,
-        accelerator_count=serving.accelerator.count * serving.replicas,
-    )
 
 
 def _cost(plan: RolloutPlan, benchmark: BenchmarkReport) -> TokenCost | None:

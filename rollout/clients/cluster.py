@@ -278,6 +278,21 @@ class ClusterClient:
         """The revisions of the Deployment `name` that Kubernetes keeps, newest first."""
         return tuple(_revision(replica_set) for replica_set in self._replica_sets(name))
 
+    def api_groups(self) -> frozenset[str]:
+        """The API groups that the cluster serves, those of its add-ons included."""
+        return frozenset(group["name"] for group in self.api.get("/apis")["groups"])
+
+    def ready_replicas(self, name: str) -> int:
+        """How many pods of the Deployment `name` are ready."""
+        deployment = self.api.get(self._path("apps/v1", "Deployment", name))
+        return int((deployment.get("status") or {}).get("readyReplicas", 0))
+
+    def autoscaler_says(self, name: str) -> str:
+        """The conditions of the HorizontalPodAutoscaler `name`, in its own words."""
+        autoscaler = self.api.get(self._path("autoscaling/v2", "HorizontalPodAutoscaler", name))
+        conditions = (autoscaler.get("status") or {}).get("conditions") or []
+        return "; ".join(f"{each['type']} is {each['status']}: {each.get('message', '')}" for each in conditions)
+
     # --- Waiting and reaching -----------------------------------------------------------------------------------------
 
     def wait_available(

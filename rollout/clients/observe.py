@@ -9,6 +9,7 @@ from typing import Any
 
 from rollout import preflight
 from rollout.accelerators import AcceleratorKind, accelerator
+from rollout.autoscaling import check_metrics_adapter
 from rollout.capacity import GpuRoom, check_surge, gpus_per_node
 from rollout.clients.cluster import ApplyPreview, ClusterClient, NodeRoom
 from rollout.clients.compute import Compute
@@ -87,7 +88,7 @@ def observe(
     _check_spec(observer, serving, hub_token)
     _observe_bucket(observer, model)
     if target.cluster.mode is ClusterMode.KUBECONFIG:
-        _observe_objects(observer, objects)
+        preview = _observe_objects(observer, objects)
     else:
         _observe_project(observer)
         cluster = _observe_cluster(observer)
@@ -96,6 +97,8 @@ def observe(
         preview = _observe_objects(observer, objects) if cluster is not None else None
         _observe_accelerator(observer, serving, objects, preview)
         _check_permissions(observer)
+    if _autoscaler_among(objects) is not None:
+        _check_adapter(observer, there=preview is not None)
     _check_fit(observer, model, serving, hub_token)
     return Observation(**observer.found, checks=tuple(observer.checks))
 
@@ -254,16 +257,21 @@ def _observe_accelerator(
         free_quota=quota and quota.free,
         more_nodes=max(0, pool.max_nodes - there.nodes) if pool else None,
     )
-    new_nodes = room.new_nodes(max(0, serving.replicas - running), wanted.count)
-    observer.checks.append(
-        preflight.check_gpu_quota(
-            new_nodes * room.gpus_per_node,
+
+    def check_quota(replicas: int) -> Check:
+        return preflight.check_gpu_quota(
+            room.new_nodes(max(0, replicas - running), wanted.count) * room.gpus_per_node,
             quota and quota.limit,
             quota and quota.usage,
             metric=kind.quota_metric,
             region=target.region,
         )
-    )
+
+    observer.checks.append(check_quota(serving.replicas))
+    autoscaler = _autoscaler_among(objects)
+    if autoscaler is not None:
+        most = autoscaler["spec"]["maxReplicas"]
+        observer.checks.append(preflight.check_scale_out(most, check_quota(most)))
     replaced = any(
         field.path.startswith(".spec.template")
         for diff in (preview.diffs if preview else ())
@@ -271,6 +279,16 @@ def _observe_accelerator(
         for field in diff.fields
     )
     observer.checks.append(check_surge(serving, room, replaces_pods=replaced))
+
+
+def _autoscaler_among(objects: Sequence[KubernetesObject]) -> KubernetesObject | None:
+    return next((item for item in objects if item["kind"] == "HorizontalPodAutoscaler"), None)
+
+
+def _check_adapter(observer: _Observer, *, there: bool) -> None:
+    with observer.asking("metrics adapter"):
+        groups = ClusterClient.connect(observer.target, attempts=LOOK_ATTEMPTS).api_groups() if there else None
+        observer.checks.append(check_metrics_adapter(groups))
 
 
 def _check_permissions(observer: _Observer) -> None:

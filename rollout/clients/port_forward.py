@@ -226,6 +226,8 @@ async def _pump_down(upstream: aiohttp.ClientWebSocketResponse, writer: asyncio.
         if message.data[0] == 1:
             log.warning("port-forward: %s", message.data[1:].decode("utf-8", "replace"))
             return False
+        if writer.is_closing():
+            return True  # the local side has enough
         writer.write(memoryview(message.data)[1:])
         # Only waits when the local reader is behind: one token's frame must not cost a round of the loop.
         await writer.drain()

@@ -81,15 +81,23 @@ class Api:
     """The request handler of the API server; `serve` is its only route."""
 
     def __init__(
-        self, registry: Registry, pods: PodConnections, gate: Gate, token: str | None, served: tuple[Resource, ...]
+        self,
+        registry: Registry,
+        pods: PodConnections,
+        gate: Gate,
+        token: str | None,
+        served: tuple[Resource, ...],
+        *,
+        aggregated: tuple[tuple[str, str], ...] = (),
     ) -> None:
+        """`aggregated`: (group, version) of API servers behind this one, which discovery names; none is reachable."""
         self._registry = registry
         self._store: Store = registry.store
         self._pods = pods
         self._gate = gate
         self._token = token
         self._by_path = {(each.group, each.version, each.plural): each for each in served}
-        self._groups = sorted({(each.group, each.version) for each in served if each.group})
+        self._groups = sorted({(each.group, each.version) for each in served if each.group} | set(aggregated))
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         try:

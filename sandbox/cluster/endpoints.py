@@ -1,20 +1,18 @@
-"""Endpoint slices of services, and the small status of autoscalers and disruption budgets."""
+"""Endpoint slices of services, and the small status of disruption budgets."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
 
 from sandbox.cluster.controllers import MANAGER, Controller, Object, key_of, matching_pods, owner_reference, pod_ready
 from sandbox.cluster.quantity import percentage_or_number
 from sandbox.cluster.registry import Writer
-from sandbox.cluster.resources import BUILT_IN, DEPLOYMENT, ENDPOINT_SLICE, POD, SERVICE
+from sandbox.cluster.resources import BUILT_IN, ENDPOINT_SLICE, POD, SERVICE
 from sandbox.cluster.selectors import is_subset
 from sandbox.cluster.store import Change, Key, timestamp
 
 SERVICE_LABEL = "kubernetes.io/service-name"
-_AUTOSCALER = next(each for each in BUILT_IN if each.kind == "HorizontalPodAutoscaler")
 _BUDGET = next(each for each in BUILT_IN if each.kind == "PodDisruptionBudget")
 
 
@@ -87,36 +85,6 @@ def _port(port: Object, pod: Object) -> Object:
         named = [each for container in pod["spec"]["containers"] for each in container.get("ports", [])]
         target = next((each["containerPort"] for each in named if each.get("name") == target), port["port"])
     return {"name": port.get("name", ""), "protocol": port["protocol"], "port": target}
-
-
-class AutoscalerController(Controller):
-    """Gives an autoscaler the status of one that has no metrics: this cluster does not scale by itself."""
-
-    def keys(self, change: Change) -> Iterable[Key]:
-        return [key_of(change.obj)] if change.resource == _AUTOSCALER else []
-
-    def reconcile(self, key: Key) -> float | None:
-        autoscaler = self.store.get(_AUTOSCALER, *key)
-        if autoscaler is None or (autoscaler.get("status") or {}).get("conditions"):
-            return None
-        target = autoscaler["spec"]["scaleTargetRef"]
-        deployment = self.store.get(DEPLOYMENT, key[0], target["name"]) if target["kind"] == "Deployment" else None
-        if deployment is None:
-            reason = "FailedGetScale"
-            missing = f'deployments.apps "{target["name"]}" not found'
-            message = f"the HPA controller was unable to get the target's current scale: {missing}"
-            condition = _condition("AbleToScale", "False", reason, message)
-        else:
-            message = "the HPA controller was able to get the target's current scale"
-            condition = _condition("AbleToScale", "True", "SucceededGetScale", message)
-        replicas = deployment["spec"]["replicas"] if deployment is not None else 0
-        status = {"currentReplicas": replicas, "desiredReplicas": replicas, "conditions": [condition]}
-        self.registry.write_status(_AUTOSCALER, autoscaler, autoscaler | {"status": status}, MANAGER)
-        return None
-
-
-def _condition(kind: str, status: str, reason: str, message: str) -> dict[str, Any]:
-    return {"type": kind, "status": status, "lastTransitionTime": timestamp(), "reason": reason, "message": message}
 
 
 class DisruptionBudgetController(Controller):

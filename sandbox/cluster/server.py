@@ -17,6 +17,7 @@ from aiohttp import web
 from sandbox.cluster import errors
 from sandbox.cluster.agent import AgentSettings, IdentityOf, NodeAgents
 from sandbox.cluster.api import Api, served_resources, too_large_resource_version
+from sandbox.cluster.autoscaling import CUSTOM_METRICS, AutoscalerSettings, HorizontalPodAutoscalers
 from sandbox.cluster.controllers import (
     ControllerManager,
     DeploymentController,
@@ -24,7 +25,7 @@ from sandbox.cluster.controllers import (
     NamespaceController,
     ReplicaSetController,
 )
-from sandbox.cluster.endpoints import AutoscalerController, DisruptionBudgetController, EndpointSliceController
+from sandbox.cluster.endpoints import DisruptionBudgetController, EndpointSliceController
 from sandbox.cluster.errors import ApiError
 from sandbox.cluster.events import Recorder
 from sandbox.cluster.jobs import JobController
@@ -116,6 +117,7 @@ class KubernetesServer(LoopbackServer):
         image_pull_s: float = 0.5,
         backoff_s: float = 1.0,
         longest_probe_period_s: float = 1.0,
+        autoscaler: AutoscalerSettings | None = None,
     ) -> None:
         authority = make_authority(root / "tls") if tls else None
         super().__init__(port=port, ssl_context=authority.context if authority is not None else None)
@@ -124,6 +126,7 @@ class KubernetesServer(LoopbackServer):
         self.token = token
         self.faults = Faults()
         self.nodes = nodes if nodes is not None else NodeSettings()
+        self._autoscaler_settings = autoscaler if autoscaler is not None else AutoscalerSettings()
         self._on_node = on_node
         self.agent_settings = AgentSettings(
             root=root,
@@ -140,6 +143,7 @@ class KubernetesServer(LoopbackServer):
         self._agents: NodeAgents
         self._pool: NodePool
         self._manager_task: asyncio.Task[None] | None = None
+        self._autoscaler_task: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
         self._returning: concurrent.futures.Future[None] | None = None
@@ -161,19 +165,21 @@ class KubernetesServer(LoopbackServer):
                 JobController(self._registry, recorder),
                 Scheduler(self._registry, recorder, self._pool),
                 NodeRemover(self._registry, recorder, self._pool),
-                AutoscalerController(self._registry, recorder),
                 DisruptionBudgetController(self._registry, recorder),
                 NamespaceController(self._registry, recorder, self.ca_pem),
                 GarbageCollector(self._registry, recorder),
             ],
         )
-        api = Api(self._registry, self._agents, self.faults, self.token, served_resources())
+        autoscalers = HorizontalPodAutoscalers(self._registry, recorder, self._agents, self._autoscaler_settings)
+        aggregated = (CUSTOM_METRICS,) if self._autoscaler_settings.metrics_adapter else ()
+        api = Api(self._registry, self._agents, self.faults, self.token, served_resources(), aggregated=aggregated)
         self._furnish()
         app = web.Application(client_max_size=16 * 1024 * 1024)
         app.router.add_route("*", "/{path:.*}", api.serve)
 
         async def start(_: web.Application) -> None:
             self._manager_task = asyncio.create_task(manager.run())
+            self._autoscaler_task = asyncio.create_task(autoscalers.run())
 
         async def end_watches(_: web.Application) -> None:
             self._store.end_watches()
@@ -182,6 +188,8 @@ class KubernetesServer(LoopbackServer):
             await self._agents.stop()
             if self._manager_task is not None:
                 self._manager_task.cancel()
+            if self._autoscaler_task is not None:
+                self._autoscaler_task.cancel()
 
         app.on_startup.append(start)
         app.on_shutdown.append(end_watches)

@@ -18,6 +18,7 @@ from rollout.rendering import KubernetesObject
 from rollout.request import RolloutRequest
 from rollout.target import Target
 from sandbox.cloud import EmbeddedCloud
+from sandbox.cluster import AutoscalerSettings
 from sandbox.hub_store import HubStore
 from sandbox.models import tiny_model
 
@@ -80,7 +81,7 @@ class Stage:
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedCloud]:
     """An embedded cloud for the tests of a file, with the tiny model on its hub: nodes are for all, as in a region."""
     root = tmp_path_factory.mktemp("cloud")
-    embedded = EmbeddedCloud(root)
+    embedded = EmbeddedCloud(root, autoscaler=AutoscalerSettings(sync_period_s=1.0))
     HubStore(embedded.hub_root).publish(TINY_REPO, tiny_model(root / "tiny"))
     with embedded:
         yield embedded
