@@ -17,10 +17,9 @@ from prefect.events import emit_event
 from prefect.states import State
 from pydantic import ValidationError
 
-from rollout.clients.cluster import ClusterClient
 from rollout.clients.records import RecordStore
+from rollout.clients.restore import take_back
 from rollout.clients.sweeping import sweep
-from rollout.clients.traffic import TrafficClient
 from rollout.errors import NotApproved, ObjectivesMissed, RolledBack, RolloutError
 from rollout.ledger import abandoned
 from rollout.record import RolloutReport
@@ -94,9 +93,7 @@ def clean_up_killed(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) 
         if not mine:
             return  # it died before it changed anything
         for record in mine:
-            if record.plan is not None and record.delivery is not None:
-                cluster = ClusterClient.connect(record.plan.target)
-                TrafficClient(cluster, record.plan).undo(record.delivery)
+            take_back(record)
         others = [record.run_id for record in records if record.run_id != str(flow_run.id)]
         for item in abandoned(records, (), others, utc_now(), grace=_AT_ONCE):
             report = sweep(target, item, deadline_s=CLEAN_UP_DEADLINE_S)

@@ -7,7 +7,7 @@ from prefect import flow
 from rollout.catalog import load_target
 from rollout.record import TeardownReport
 from rollout.report import utc_now
-from tasks.janitor import find_abandoned, find_zombies, sweep_abandoned
+from tasks.janitor import find_abandoned, find_half_done, find_zombies, sweep_abandoned, take_back_half_done
 from tasks.limits import target_alone
 from tasks.step import Story
 from tasks.teardown import require_nothing_left
@@ -18,22 +18,25 @@ SWEEP_DEADLINE_S = 1800.0
 
 @flow(name="janitor", flow_run_name="janitor of {target}")
 def janitor(target: str, remove: bool = True) -> tuple[TeardownReport, ...]:
-    """Find runs whose worker is gone and model servers that should be gone, and finish their teardown.
+    """Find runs whose worker is gone, and finish or undo their work.
 
-    Only what a policy (a trial, a failed rollout) or the annotation `llm-rollout.dev/expires-at` asks for is removed;
-    a live version never is.
+    A rollout that died over or beside a live version is taken back. A model server that a policy (a trial, a failed
+    rollout) or the annotation `llm-rollout.dev/expires-at` wants gone is torn down; what served before never is.
 
     Args:
         target: Name of an environment in deployments/targets/, or the path of such a file.
-        remove: Off shows what would be removed, and leaves it.
+        remove: Off shows what would be taken back and removed, and leaves it.
     """
     where = load_target(target)
     story = Story(lambda _: None)
     story.run(find_zombies, target, utc_now())
     if not remove:
+        story.run(find_half_done, where, utc_now())
         story.run(find_abandoned, where, utc_now())
         return ()
     with target_alone(where.name):  # looked at only now: whoever held the target may have changed it
+        for rollout in story.run(find_half_done, where, utc_now()):
+            story.run(take_back_half_done, where, rollout)
         found = story.run(find_abandoned, where, utc_now())
         reports = tuple(story.run(sweep_abandoned, where, item, SWEEP_DEADLINE_S) for item in found)
     for report in reports:

@@ -12,6 +12,7 @@ from flows.hooks import announce_outcome, clean_up_killed
 from flows.plan_model import make_plan
 from rollout.clients.cluster_wait import ServerDoesNotStart
 from rollout.errors import RolledBack, RolloutError
+from rollout.ledger import stands_over
 from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport, TeardownReport
@@ -99,22 +100,35 @@ def warmed_up(plan: RolloutPlan, story: Story, *, after: Running[None]) -> Itera
 
 
 def update_in_place(plan: RolloutPlan, record: Record) -> None:
-    """One Deployment, a rolling update: the old pods answer until the new ones do, and stay if they never do."""
+    """One Deployment, a rolling update: the old pods answer until the new ones do, and come back if those fail."""
     story = record.story
     require_no_revisions(plan)
-    story.run(apply_manifests, plan)
-    record.milestone()
-    try:
+    with taken_back_on_failure(plan, record):
+        story.run(apply_manifests, plan)
+        record.milestone()
         verify(plan, record)
-    except ServerDoesNotStart as error:
-        if not error.old_pods_serving:
+
+
+@contextmanager
+def taken_back_on_failure(plan: RolloutPlan, record: Record) -> Iterator[None]:
+    """Whatever goes wrong in the block, a missed objective and a cancellation included, what served before comes back.
+
+    Raises RolledBack with the reason; without an earlier version, or where nothing had changed yet, the failure itself.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not (stands_over(plan) or (isinstance(error, ServerDoesNotStart) and error.old_pods_serving)):
             raise
-        story.run(undo_update, plan, error.summary)
-        raise RolledBack(
-            f"{error.summary} The previous revision serves: {', '.join(error.old_pods_serving)}.",
-            where=error.where,
-            resolution=error.resolution,
-        ) from error
+        reason = error.summary if isinstance(error, RolloutError) else f"{type(error).__name__}: {error}"
+        before = record.story.run(undo_update, plan, reason)
+        if before is None:
+            raise
+        record.story.run(wait_until_available, before)
+        if not isinstance(error, Exception):
+            raise
+        where, resolution = (error.where, error.resolution) if isinstance(error, RolloutError) else (plan.title, "")
+        raise RolledBack(f"{reason} The previous revision serves.", where=where, resolution=resolution) from error
 
 
 def verify(plan: RolloutPlan, record: Record) -> None:
@@ -143,11 +157,10 @@ def torn_down_by_policy(plan: RolloutPlan, record: Record) -> Iterator[None]:
     """Tear down after success or failure, as the policy says; a failure stays the one that is reported."""
     try:
         yield
-    except RolledBack:
-        # What serves again was there before this rollout: it is not this one's to remove.
-        raise
     except BaseException:
-        if plan.policy.teardown in (Teardown.ALWAYS, Teardown.ON_FAILURE):
+        if plan.policy.teardown is not Teardown.NEVER and stays(plan, record):
+            record.story.skip("teardown", "what served before this rollout is not its to remove")
+        elif plan.policy.teardown is not Teardown.NEVER:
             try:
                 tear_down(plan, record)
             except RolloutError as error:
@@ -155,6 +168,12 @@ def torn_down_by_policy(plan: RolloutPlan, record: Record) -> Iterator[None]:
         raise
     if plan.policy.teardown is Teardown.ALWAYS:
         require_nothing_left(tear_down(plan, record))
+
+
+def stays(plan: RolloutPlan, record: Record) -> bool:
+    """Whether something serves under the same name that was there before."""
+    delivery = record.report.delivery
+    return plan.live_before is not None or (delivery is not None and delivery.live_before is not None)
 
 
 def tear_down(plan: RolloutPlan, record: Record) -> TeardownReport:

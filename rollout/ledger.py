@@ -13,7 +13,7 @@ from typing import Any
 
 from rollout.delivery import Outcome
 from rollout.objects import INSTANCE_LABEL, MODEL_ANNOTATION, ROLLOUT_LABEL
-from rollout.plan import RolloutPlan
+from rollout.plan import LiveVersion, RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport, Verdict
 from rollout.report import Action, StepStatus
@@ -23,6 +23,7 @@ EXPIRY_ANNOTATION = "llm-rollout.dev/expires-at"
 """ISO 8601 time on a Deployment of ours, after which the janitor tears its model server down."""
 
 APPLY_STEP = "apply manifests"
+UNDO_STEP = "undo update"
 
 _REVISION = re.compile(r"-[0-9a-f]{8}")
 
@@ -102,6 +103,58 @@ def last_applied(records: Iterable[RolloutReport], instance: str) -> RolloutRepo
     return found
 
 
+def standing(records: Iterable[RolloutReport], instance: str) -> LiveVersion | None:
+    """What serves as `instance` and stays by the policy of the rollout that brought it; None if there is nothing such.
+
+    What a trial, or a failed rollout that owes its teardown, left behind is not standing.
+    """
+    found: RolloutReport | None = None
+    for report in in_order(records):
+        if _torn_down(report, [instance]):
+            found = None
+        elif report.plan is not None and report.plan.serving.name == instance:
+            stays = applied(report) and not _ended_without_trace(report) and _reason(report) is None
+            found = report if stays else found
+    if found is None or found.plan is None:
+        return None
+    return LiveVersion(
+        model=f"{found.plan.model.repo_id}@{found.plan.model.commit_sha}",
+        rollout_id=found.plan.rollout_id,
+        run_id=found.run_id,
+        answered=found.verdict in (Verdict.DONE, Verdict.OBJECTIVES_MISSED),
+    )
+
+
+def half_done(
+    records: Iterable[RolloutReport],
+    alive: Iterable[str],
+    now: datetime,
+    *,
+    grace: timedelta = timedelta(minutes=10),
+) -> tuple[RolloutReport, ...]:
+    """Rollouts that died over or beside a live version, with nobody left to lead the traffic back to it.
+
+    Only the newest rollout of an instance: a later one has finished what an earlier one began, or will.
+    """
+    busy = set(alive)
+    newest = {report.plan.serving.name: report for report in in_order(records) if report.plan is not None}
+    return tuple(
+        report
+        for report in newest.values()
+        if report.verdict is Verdict.RUNNING
+        and report.run_id not in busy
+        and now - _ended_at(report) >= grace
+        and report.plan is not None
+        and stands_over(report.plan)
+    )
+
+
+def stands_over(plan: RolloutPlan) -> bool:
+    """Whether another version serves, or served, where `plan` goes, and is worth going back to."""
+    before = plan.live_before
+    return before is not None and before.answered and before.rollout_id != plan.rollout_id
+
+
 def still_owned(records: Iterable[RolloutReport]) -> frozenset[tuple[str, str]]:
     """(kind, name) of what rollouts created and nobody of ours removed since: what a teardown may remove.
 
@@ -124,9 +177,13 @@ def _removals(report: RolloutReport) -> Iterator[tuple[tuple[str, str], datetime
             if change.action is Action.DELETED:
                 yield (change.kind, change.name), step.started_at
     # A teardown may continue an old record: what counts is when it ended.
-    ended_at = report.started_at + timedelta(seconds=report.duration_s)
     for change in report.teardown.removed if report.teardown else ():
-        yield (change.kind, change.name), ended_at
+        yield (change.kind, change.name), _ended_at(report)
+
+
+def _ended_at(report: RolloutReport) -> datetime:
+    """When the record was last written."""
+    return report.started_at + timedelta(seconds=report.duration_s)
 
 
 def drift(live: Mapping[str, Serving], manifests: Iterable[Mapping[str, Any]]) -> tuple[Drift, ...]:
@@ -169,9 +226,8 @@ def abandoned(
             newest[report.plan.serving.name] = report
     found: dict[str, Abandoned] = {}
     for instance, report in newest.items():
-        age = now - report.started_at - timedelta(seconds=report.duration_s)
         why = _reason(report)
-        if why is not None and report.run_id not in busy and age >= grace:
+        if why is not None and report.run_id not in busy and now - _ended_at(report) >= grace:
             found[instance] = Abandoned(instance=instance, why=why, run_id=report.run_id)
     for instance, revisions in _by_instance(manifests).items():
         expiries = [(manifest["metadata"].get("annotations") or {}).get(EXPIRY_ANNOTATION) for manifest in revisions]
@@ -224,7 +280,8 @@ def _live_version_stayed(report: RolloutReport) -> bool:
     """Whether what served before still does: rolled back, also on a cancellation, or stopped beside it."""
     delivery = report.delivery
     went_back = delivery is not None and (delivery.outcome is Outcome.ROLLED_BACK or delivery.is_beside_live)
-    return went_back or report.verdict is Verdict.ROLLED_BACK
+    undone = any(step.name == UNDO_STEP and step.status is StepStatus.DONE for step in report.steps)
+    return went_back or undone or report.verdict is Verdict.ROLLED_BACK
 
 
 def _reason(report: RolloutReport) -> Leftover | None:
@@ -232,8 +289,8 @@ def _reason(report: RolloutReport) -> Leftover | None:
     if report.teardown is not None:
         return Leftover.UNFINISHED_TEARDOWN if report.teardown.left else None
     assert report.plan is not None, "only records with a plan have an instance"
-    if _live_version_stayed(report):
-        return None  # what serves is not this rollout's
+    if _live_version_stayed(report) or report.plan.live_before is not None:
+        return None  # what serves, or served, is not this rollout's to remove
     policy = report.plan.policy.teardown
     failed = report.verdict in (Verdict.RUNNING, Verdict.FAILED, Verdict.OBJECTIVES_MISSED)
     dead = policy is Teardown.ALWAYS or (policy is Teardown.ON_FAILURE and failed)

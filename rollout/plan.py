@@ -18,6 +18,18 @@ from rollout.target import ClusterMode, IdentityMode, Target
 from rollout.values import Value, content_digest
 
 
+class LiveVersion(Value):
+    """What serves under the same name before a rollout, and is not its to remove."""
+
+    model: str
+    """`repository@commit`, or what is known of it."""
+    rollout_id: str = ""
+    run_id: str = ""
+    """Of the rollout whose record holds its plan; empty when no record tells of it."""
+    answered: bool = False
+    """Its rollout ended with answers: it is worth going back to."""
+
+
 class Observation(Value):
     """What exists before anything changes. Made by reads alone."""
 
@@ -33,6 +45,7 @@ class Observation(Value):
     object_changes: tuple[Change, ...] = ()
     """Per Kubernetes object: created, updated or unchanged, from a server-side dry run; empty without a cluster."""
     object_diff: str = ""
+    live_before: LiveVersion | None = None
     checkpoint_config: dict[str, Any] = {}
     """The model's config.json."""
     checks: tuple[Check, ...] = ()
@@ -54,6 +67,8 @@ class RolloutPlan(Value):
     changes: tuple[Change, ...]
     """What will be created or updated, and what is already as wanted. Teardown removes only what is created here."""
     object_diff: str = ""
+    live_before: LiveVersion | None = None
+    """What this rollout updates or stands beside: never torn down with it, and gone back to when it fails."""
     transfer_bytes: Annotated[int, Field(ge=0)]
     usd_per_hour: float | None
     """Cost of the replicas' GPUs while they run; None when no price is known."""
@@ -115,6 +130,7 @@ def make_plan(
         objects=tuple(objects),
         changes=_planned_changes(model, target, observed, objects),
         object_diff=observed.object_diff,
+        live_before=observed.live_before,
         transfer_bytes=transfer_bytes,
         usd_per_hour=None if price is None else price.usd_per_gpu_hour * gpus,
         checkpoint_config=observed.checkpoint_config,

@@ -169,6 +169,20 @@ def check_scale_out(most: int, quota: Check) -> Check:
     return quota.model_copy(update={"name": name})
 
 
+def check_trial(served: str | None, *, removes_itself: bool) -> Check:
+    """A trial, which removes everything at its end, over a model server that serves: `served` names it."""
+    name = "what serves now"
+    if served is None:
+        return ok(name, "nothing: this rollout is the first under its name")
+    if not removes_itself:
+        return ok(name, f"{served}: it stays, or comes back, if this rollout fails")
+    return failed(
+        name,
+        f"{served} serves, and a trial (teardown: always) would put itself in its place and then be removed",
+        "Give the trial a name or a namespace of its own, or choose another policy.teardown.",
+    )
+
+
 def gke_version(text: str) -> tuple[int, ...]:
     """`1.30.2-gke.1394000` -> (1, 30, 2, 1394000): comparable."""
     return tuple(int(number) for number in re.findall(r"\d+", text))

@@ -33,6 +33,7 @@ def plan_markdown(plan: RolloutPlan) -> str:
         ("accelerators", f"{plan.serving.replicas} × {plan.serving.accelerator.count} {plan.serving.accelerator.type}"),
         ("cost while running", price),
         ("delivery", plan.policy.delivery.kind.value.replace("_", "/")),
+        ("serves now", f"`{plan.live_before.model}`" if plan.live_before else "nothing"),
         ("target", f"{plan.target.project} / {plan.target.region} / {plan.target.cluster.name}"),
     ]
     parts = [

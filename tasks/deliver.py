@@ -9,6 +9,7 @@ from prefect import get_run_logger
 
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.probing import Probed, Prober
+from rollout.clients.restore import restore_before
 from rollout.clients.traffic import Traffic, TrafficClient
 from rollout.comparison import COMPARED, Comparison, Sample, compare, missed_limits
 from rollout.delivery import (
@@ -26,6 +27,7 @@ from rollout.delivery import (
     probe_rate_per_s,
 )
 from rollout.errors import BadInput
+from rollout.ledger import UNDO_STEP
 from rollout.plan import RolloutPlan
 from rollout.report import Action, Change, StepStatus, utc_now
 from rollout.revisions import backend_name
@@ -128,11 +130,18 @@ def retire_others(plan: RolloutPlan, revision: str) -> Outcome[None]:
     )
 
 
-@step("undo update")
-def undo_update(plan: RolloutPlan, reason: str) -> Outcome[None]:
-    """Give an in-place Deployment its previous pod template back, so that no broken pod holds a GPU."""
-    change = ClusterClient.connect(plan.target).rollback(plan.serving.name)
-    return Outcome(value=None, summary=f"{change.detail}: {reason}", changes=(change,))
+@step(UNDO_STEP)
+def undo_update(plan: RolloutPlan, reason: str) -> Outcome[RolloutPlan | None]:
+    """Give an in-place Deployment back what served before; None if there is nothing to undo."""
+    restored = restore_before(plan)
+    acted = restored.changed_anything
+    what = f"back to {restored.plan.title}" if acted else "nothing had changed"
+    return Outcome(
+        value=restored.plan if acted else None,
+        summary=f"{what}: {reason}",
+        status=StepStatus.DONE if acted else StepStatus.UNCHANGED,
+        changes=restored.changes,
+    )
 
 
 def publish_delivery(report: DeliveryReport) -> None:

@@ -22,9 +22,10 @@ from prefect.states import Crashed
 
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.records import RecordStore
+from rollout.clients.restore import take_back
 from rollout.clients.sweeping import sweep
 from rollout.errors import NotFound
-from rollout.ledger import Abandoned, abandoned
+from rollout.ledger import Abandoned, abandoned, half_done
 from rollout.record import RolloutReport, TeardownReport, Verdict
 from rollout.rendering import KubernetesObject
 from rollout.report import StepStatus
@@ -61,14 +62,40 @@ def find_zombies(target: str, now: datetime) -> Outcome[tuple[str, ...]]:
     )
 
 
+@step("find half-done rollouts")
+def find_half_done(target: Target, now: datetime) -> Outcome[tuple[RolloutReport, ...]]:
+    """Rollouts whose run died over or beside a live version. Changes nothing."""
+    records = list(RecordStore(target).read_all())
+    found = half_done(records, _alive(records, now), now)
+    rows = [{"rollout": report.plan.title if report.plan else "", "run": report.run_id} for report in found]
+    return Outcome(
+        value=found,
+        summary=f"{len(found)} half-done rollouts among {len(records)} records",
+        data={"half_done": rows},
+        artifact=Artifact("half-done", f"Rollouts to {target.name} that died halfway", table=rows),
+    )
+
+
+@step("take back")
+def take_back_half_done(target: Target, report: RolloutReport) -> Outcome[None]:
+    """Give the live version its place and its traffic back, and note it in the record of the run that died."""
+    changes = take_back(report)
+    why = "its run died halfway; the janitor led everything back to what served before"
+    RecordStore(target).write(report.model_copy(update={"verdict": Verdict.ROLLED_BACK, "error": why}))
+    return Outcome(
+        value=None,
+        summary=f"{report.plan.title if report.plan else report.run_id}: {len(changes)} objects",
+        status=StepStatus.DONE if changes else StepStatus.UNCHANGED,
+        changes=changes,
+    )
+
+
 @step("find abandoned")
 def find_abandoned(target: Target, now: datetime) -> Outcome[tuple[Abandoned, ...]]:
     """Compare records, live objects and live runs: which model servers should be gone? Changes nothing."""
     records = list(RecordStore(target).read_all())
     manifests = _objects(target)
-    with get_client(sync_client=True) as client:
-        alive = [record.run_id for record in records if _may_be_alive(client, record, now)]
-    found = abandoned(records, manifests, alive, now)
+    found = abandoned(records, manifests, _alive(records, now), now)
     rows = [{"model server": item.instance, "why": item.why.value, "run": item.run_id or ""} for item in found]
     return Outcome(
         value=found,
@@ -119,6 +146,12 @@ def _is_silent(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
     response = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1})
     response.raise_for_status()
     return not response.json()["events"]
+
+
+def _alive(records: Iterable[RolloutReport], now: datetime) -> list[str]:
+    """Ids of the runs that may still finish their own work."""
+    with get_client(sync_client=True) as client:
+        return [record.run_id for record in records if _may_be_alive(client, record, now)]
 
 
 def _may_be_alive(client: SyncPrefectClient, record: RolloutReport, now: datetime) -> bool:

@@ -7,13 +7,14 @@ from prefect import get_run_logger
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.cluster_wait import LogLine, Progress, WaitReport
 from rollout.diagnosis import StartupObservation
+from rollout.ledger import APPLY_STEP
 from rollout.plan import RolloutPlan
 from rollout.report import Action, StepStatus
 from rollout.show import table
 from tasks.step import Artifact, Outcome, ProgressBar, step
 
 
-@step("apply manifests")
+@step(APPLY_STEP)
 def apply_manifests(plan: RolloutPlan) -> Outcome[None]:
     """Server-side dry run of everything, then server-side apply in dependency order; prune what the plan dropped."""
     cluster = ClusterClient.connect(plan.target)

@@ -24,15 +24,18 @@ from rollout.clients.iam import (
     has_binding,
 )
 from rollout.clients.projects import Projects
+from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import read_provenance
 from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
 from rollout.fit import check_context_window, check_ephemeral_storage, check_memory
+from rollout.ledger import standing
 from rollout.model import PinnedModel
 from rollout.objects import WeightsSource, uses_compute_class
-from rollout.plan import Observation
+from rollout.plan import LiveVersion, Observation
 from rollout.preflight import Check
 from rollout.rendering import KubernetesObject
+from rollout.report import Action
 from rollout.serving import ServingSpec
 from rollout.target import ClusterMode, IdentityMode, NodePool, Target
 
@@ -53,6 +56,8 @@ class _Observer:
         self.target = target
         self.checks: list[Check] = []
         self.found: dict[str, Any] = {}
+        self.recorded = False
+        """Whether a record says that a rollout made the Deployment."""
 
     @contextmanager
     def asking(self, name: str) -> Iterator[None]:
@@ -79,14 +84,19 @@ def observe(
     objects: Sequence[KubernetesObject],
     *,
     hub_token: str | None,
+    trial: bool = False,
 ) -> Observation:
-    """Ask everything once. Raises only for transient failures and an unreachable hub; the rest are failed checks."""
+    """Ask everything once; `trial` tells that the rollout removes itself at its end.
+
+    Raises only for transient failures and an unreachable hub; the rest are failed checks.
+    """
     observer = _Observer(target)
     observer.checks.append(
         preflight.ok("Hugging Face access", f"{model.repo_id}@{model.short_sha}: {len(model.files)} files may be read")
     )
     _check_spec(observer, serving, hub_token)
     _observe_bucket(observer, model)
+    _observe_live_version(observer, serving)
     if target.cluster.mode is ClusterMode.KUBECONFIG:
         preview = _observe_objects(observer, objects)
     else:
@@ -97,6 +107,9 @@ def observe(
         preview = _observe_objects(observer, objects) if cluster is not None else None
         _observe_accelerator(observer, serving, objects, preview)
         _check_permissions(observer)
+    _observe_unrecorded(observer, serving, preview)
+    live = observer.found.get("live_before")
+    observer.checks.append(preflight.check_trial(live.model if live else None, removes_itself=trial))
     if _autoscaler_among(objects) is not None:
         _check_adapter(observer, there=preview is not None)
     _check_fit(observer, model, serving, hub_token)
@@ -116,6 +129,24 @@ def _observe_bucket(observer: _Observer, model: PinnedModel) -> None:
         observer.found["weights_proven"] = proven
         state = "holds the proven weights" if proven else "exists; the weights will be transferred"
         observer.checks.append(preflight.ok(name, f"gs://{observer.target.bucket} {state}"))
+
+
+def _observe_live_version(observer: _Observer, serving: ServingSpec) -> None:
+    """What the records say serves under this name."""
+    with observer.asking("records"):
+        records = list(RecordStore(observer.target).read_all())
+        live = standing(records, serving.name)
+        observer.found["live_before"] = live
+        deployment = ("Deployment", f"{observer.target.namespace}/{serving.name}")
+        observer.recorded = any(deployment in record.created for record in records)
+
+
+def _observe_unrecorded(observer: _Observer, serving: ServingSpec, preview: ApplyPreview | None) -> None:
+    """A Deployment that no record tells of serves all the same: applied by hand, or older than the records."""
+    if preview is None or observer.recorded or observer.found.get("live_before") is not None:
+        return
+    if any(change.kind == "Deployment" and change.action is not Action.CREATED for change in preview.changes):
+        observer.found["live_before"] = LiveVersion(model=f"a {serving.name} that no record tells of")
 
 
 def _observe_project(observer: _Observer) -> None:

@@ -69,6 +69,10 @@ class RecordStore:
                     resolution="Use the version of llm-rollout that wrote it, or move it away.",
                 ) from error
 
+    def find(self, run_id: str) -> RolloutReport | None:
+        """The record of a run; None if there is none, or no run is named."""
+        return next((report for report in self.read_all() if run_id and report.run_id == run_id), None)
+
     def last_good(self, instance: str, repo_id: str) -> RolloutReport | None:
         """The youngest finished rollout of the same model under the same name; None if there is none."""
         good = [

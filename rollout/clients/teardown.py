@@ -81,7 +81,17 @@ def tear_down(
     `owned` are (kind, name) of what the records of this target's rollouts say was created. Idempotent: what is gone
     already is not an error. The report's `left` names what should be gone and is not; it is the caller's to fail on.
     """
-    work = _Teardown(target, instance, weights, owned, deadline_s)
+    report = _tear_down(_Teardown(target, instance, weights, owned, deadline_s), on_progress)
+    if not report.left:
+        return report
+    # IAM answers with what it knew a minute ago: what a run made just before it was killed comes into view only now.
+    on_progress("what came into view meanwhile")
+    again = _tear_down(_Teardown(target, instance, weights, owned, deadline_s), on_progress)
+    return again.model_copy(update={"removed": report.removed + again.removed})
+
+
+def _tear_down(work: _Teardown, on_progress: Callable[[str], None]) -> TeardownReport:
+    target = work.target
     gke = Gke(target) if target.cluster.mode is not ClusterMode.KUBECONFIG else None
     cluster = gke.get() if gke else None
     others: tuple[str, ...] = ()

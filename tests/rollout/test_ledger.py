@@ -14,12 +14,14 @@ from rollout.ledger import (
     Leftover,
     abandoned,
     drift,
+    half_done,
     last_applied,
     serving_now,
+    standing,
 )
 from rollout.model import ModelFile, PinnedModel
 from rollout.objects import MODEL_ANNOTATION
-from rollout.plan import Observation, RolloutPlan, make_plan
+from rollout.plan import LiveVersion, Observation, RolloutPlan, make_plan
 from rollout.policy import RolloutPolicy, Teardown
 from rollout.record import RolloutReport, TeardownReport, Verdict
 from rollout.report import Action, Change, StepReport, StepStatus
@@ -32,7 +34,7 @@ TARGET = Target(name="s3ns", project="my-project", region="u-france-east1", buck
 SERVER = "vllm-gemma"
 
 
-def plan_of(commit: str, teardown: Teardown = Teardown.NEVER) -> RolloutPlan:
+def plan_of(commit: str, teardown: Teardown = Teardown.NEVER, live_before: LiveVersion | None = None) -> RolloutPlan:
     model = PinnedModel(
         repo_id="google/gemma",
         revision="main",
@@ -40,7 +42,8 @@ def plan_of(commit: str, teardown: Teardown = Teardown.NEVER) -> RolloutPlan:
         files=(ModelFile(path="config.json", size_bytes=1),),
     )
     serving = ServingSpec(name=SERVER, served_model_name="gemma")
-    return make_plan(model, serving, TARGET, RolloutPolicy(teardown=teardown), Observation(), [])
+    observed = Observation(live_before=live_before)
+    return make_plan(model, serving, TARGET, RolloutPolicy(teardown=teardown), observed, [])
 
 
 def record(
@@ -50,6 +53,7 @@ def record(
     *,
     applies: bool = True,
     teardown: Teardown = Teardown.NEVER,
+    over: LiveVersion | None = None,
     **fields: Any,
 ) -> RolloutReport:
     started = MONDAY + timedelta(days=day)
@@ -59,7 +63,7 @@ def record(
         started_at=started,
         duration_s=60,
         verdict=verdict,
-        plan=plan_of(commit, teardown),
+        plan=plan_of(commit, teardown, over),
         steps=(step,) if applies else (),
         **fields,
     )
@@ -180,3 +184,58 @@ def test_a_teardown_that_left_something_is_finished_and_one_that_did_not_is_over
 def test_an_annotation_sets_an_expiry(expiry: str, expired: bool) -> None:
     found = abandoned([record(0, "a")], [deployment("a", **{EXPIRY_ANNOTATION: expiry})], [], LATER)
     assert [item.why for item in found] == ([Leftover.EXPIRED] if expired else [])
+
+
+# --- What serves, and stays -------------------------------------------------------------------------------------------
+
+LIVE = LiveVersion(model="google/gemma@a", rollout_id="of-a", run_id="run-0", answered=True)
+
+
+@pytest.mark.parametrize(
+    ("records", "run_id"),
+    [
+        ([], None),
+        ([record(0, "a")], "run-0"),
+        ([record(0, "a"), record(1, "b")], "run-1"),
+        ([record(0, "a"), record(1, "b", Verdict.ROLLED_BACK)], "run-0"),
+        ([record(0, "a"), record(1, "b", Verdict.RUNNING, teardown=Teardown.ALWAYS)], "run-0"),
+        ([record(0, "a", Verdict.RUNNING, teardown=Teardown.ALWAYS)], None),
+        ([record(0, "a", Verdict.FAILED, teardown=Teardown.ON_FAILURE)], None),
+        ([record(0, "a", applies=False)], None),
+        ([record(0, "a"), removal(1)], None),
+    ],
+    ids=[
+        "nothing",
+        "one",
+        "the newest",
+        "what came back",
+        "a trial over it",
+        "a killed trial",
+        "a failed one that owes its teardown",
+        "never applied",
+        "torn down",
+    ],
+)
+def test_what_stands_before_a_rollout(records: list[RolloutReport], run_id: str | None) -> None:
+    found = standing(records, SERVER)
+    assert (found.run_id if found else None) == run_id
+
+
+def test_only_a_version_that_answered_is_worth_going_back_to() -> None:
+    broken = standing([record(0, "a", Verdict.FAILED)], SERVER)
+    assert broken is not None
+    assert not broken.answered
+
+
+def test_a_dead_run_over_a_live_version_is_half_done_and_never_abandoned() -> None:
+    dead = record(1, "b", Verdict.RUNNING, teardown=Teardown.ON_FAILURE, over=LIVE)
+    history = [record(0, "a"), dead]
+    assert half_done(history, [], LATER) == (dead,)
+    assert half_done(history, [dead.run_id], LATER) == ()
+    assert half_done(history, [], dead.started_at + timedelta(minutes=2)) == ()
+    assert half_done([*history, record(2, "c")], [], LATER) == ()
+    assert abandoned(history, [deployment("a")], [], LATER) == ()
+
+
+def test_a_dead_first_rollout_is_not_half_done() -> None:
+    assert half_done([record(0, "a", Verdict.RUNNING)], [], LATER) == ()
