@@ -7,7 +7,7 @@ in one namespace: every name comes from the ServingSpec, and the label `app.kube
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -127,15 +127,28 @@ def with_autoscaled_replicas(manifest: KubernetesObject, live: KubernetesObject)
     return {**manifest, "spec": spec}
 
 
-def removable(manifests: Iterable[KubernetesObject], instance: str) -> tuple[KubernetesObject, ...]:
+def removable(
+    manifests: Iterable[KubernetesObject], instance: str, neighbours: Collection[tuple[str, str]] = ()
+) -> tuple[KubernetesObject, ...]:
     """What teardown of the Deployment `instance` may delete of everything that is ours in the target.
 
-    Objects of other instances stay, and the shared ones stay as long as another instance is left.
+    Objects of other instances stay. What a namespace shares stays as long as another instance is left in it, and what
+    the cluster shares as long as one is left anywhere: `neighbours` are (namespace, instance) of the others.
     """
     ours = [manifest for manifest in manifests if is_ours(manifest)]
-    instances = {_instance(manifest) for manifest in ours} - {None}
-    alone = instances <= {instance}
-    return tuple(m for m in ours if _instance(m) == instance or (alone and _instance(m) is None))
+    crowded = {namespace for namespace, _ in neighbours} | {
+        manifest["metadata"].get("namespace", "") for manifest in ours if _instance(manifest) not in (None, instance)
+    }
+
+    def goes(manifest: KubernetesObject) -> bool:
+        if _instance(manifest) is not None:
+            return _instance(manifest) == instance
+        metadata = manifest["metadata"]
+        if manifest["kind"] == "Namespace":
+            return metadata["name"] not in crowded
+        return metadata["namespace"] not in crowded if "namespace" in metadata else not crowded
+
+    return tuple(manifest for manifest in ours if goes(manifest))
 
 
 def weights_digest(model: PinnedModel) -> str:

@@ -83,6 +83,10 @@ _SYSTEM_MADE = frozenset({"default", "kube-root-ca.crt"})
 """Objects that Kubernetes itself puts into every namespace."""
 
 
+_SYSTEM_NAMESPACES = ("kube-", "gke-", "gmp-", "custom-metrics")
+"""Of Kubernetes, GKE and the metrics adapter: they come and go with the cluster."""
+
+
 class ApplyPreview(Value):
     """What an apply would do, by the server's own word. Nothing has changed."""
 
@@ -258,6 +262,25 @@ class ClusterClient:
         """Everything of ours that the target can hold, narrowed by labels, in the order of application."""
         selector = ",".join(f"{key}={value}" for key, value in {MANAGED_BY_LABEL: MANAGER, **(labels or {})}.items())
         return tuple(item for item in self._list_all({"labelSelector": selector}) if self._in_reach(item))
+
+    def instances(self) -> frozenset[tuple[str, str]]:
+        """(namespace, instance) of every model server of ours in the whole cluster."""
+        query = {"labelSelector": f"{MANAGED_BY_LABEL}={MANAGER}"}
+        found = self.api.get(self.api.resource("apps/v1", "Deployment").path(), query)["items"]
+        return frozenset(
+            (item["metadata"]["namespace"], item["metadata"]["labels"].get(INSTANCE_LABEL, item["metadata"]["name"]))
+            for item in found
+        )
+
+    def foreign_pods(self) -> tuple[str, ...]:
+        """`namespace/name` of the pods that somebody else runs in the cluster."""
+        return tuple(
+            f"{item['metadata']['namespace']}/{item['metadata']['name']}"
+            for item in self.api.get("/api/v1/pods", {})["items"]
+            if not is_ours(item)
+            and item["status"].get("phase") in ("Pending", "Running")
+            and not item["metadata"]["namespace"].startswith(_SYSTEM_NAMESPACES)
+        )
 
     def gpu_room(self, node_selector: Mapping[str, str], group: int) -> NodeRoom:
         """The nodes that match, and how many of their GPUs are free in groups of `group` on one node.

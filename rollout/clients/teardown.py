@@ -94,12 +94,11 @@ def _tear_down(work: _Teardown, on_progress: Callable[[str], None]) -> TeardownR
     target = work.target
     gke = Gke(target) if target.cluster.mode is not ClusterMode.KUBECONFIG else None
     cluster = gke.get() if gke else None
-    others: tuple[str, ...] = ()
+    shared_by = ""
     # A cluster without an address is one that a killed run has just begun to make: it holds nothing yet.
     if gke is None or (cluster is not None and cluster.connection is not None):
         on_progress("Kubernetes objects")
-        others = _remove_objects(work)
-    shared_by = f"still serves {', '.join(others)}" if others else ""
+        shared_by = _remove_objects(work)
     if gke is not None:
         on_progress("identity")
         _remove_identity(work, shared_by)
@@ -112,15 +111,20 @@ def _tear_down(work: _Teardown, on_progress: Callable[[str], None]) -> TeardownR
     return TeardownReport(removed=tuple(work.removed), kept=tuple(work.kept), left=tuple(work.left))
 
 
-def _remove_objects(work: _Teardown) -> tuple[str, ...]:
-    """Delete the instance's objects and, if it was the last, the shared ones. Returns the other instances."""
+def _remove_objects(work: _Teardown) -> str:
+    """Delete the instance's objects, and the shared ones that nobody else uses. Returns who else uses the target."""
     client = ClusterClient.connect(work.target)
     ours = client.inventory()
+    here = work.target.namespace
     labels = [manifest["metadata"].get("labels") or {} for manifest in ours]
-    others = sorted({label[INSTANCE_LABEL] for label in labels if INSTANCE_LABEL in label} - {work.instance})
-    for change in client.delete(removable(ours, work.instance), deadline_s=work.deadline_s):
+    known = {(here, label[INSTANCE_LABEL]) for label in labels if INSTANCE_LABEL in label} | client.instances()
+    neighbours = sorted(known - {(here, work.instance)})
+    for change in client.delete(removable(ours, work.instance, neighbours), deadline_s=work.deadline_s):
         work.note(change)
-    return tuple(others)
+    if not neighbours:
+        return ""
+    names = (name if namespace == here else f"{namespace}/{name}" for namespace, name in neighbours)
+    return f"still serves {', '.join(names)}"
 
 
 def _remove_identity(work: _Teardown, shared_by: str) -> None:
@@ -166,10 +170,18 @@ def _remove_cluster(work: _Teardown, gke: Gke, cluster: ClusterInfo | None, shar
         pool = work.target.cluster.node_pool
         if pool is not None and ("NodePool", f"{cluster.name}/{pool.name}") in work.owned and not shared_by:
             work.note(gke.delete_node_pool(pool.name, timeout_s=work.deadline_s))
-    elif shared_by:
+    elif shared_by or (shared_by := _used_by_others(work, cluster)):
         work.keep("Cluster", cluster.name, shared_by)
     else:
         work.note(gke.delete(timeout_s=work.deadline_s))
+
+
+def _used_by_others(work: _Teardown, cluster: ClusterInfo) -> str:
+    """What somebody else runs in a cluster of ours: it would go with it."""
+    if cluster.connection is None:
+        return ""
+    foreign = ClusterClient.connect(work.target).foreign_pods()
+    return f"runs {', '.join(foreign[:3])}, which is not ours" if foreign else ""
 
 
 def _remove_weights(work: _Teardown, shared_by: str) -> None:
@@ -217,7 +229,8 @@ def _take_inventory(work: _Teardown, shared_by: str) -> None:
     cluster = Gke(target).get()
     if cluster is not None:
         _inventory_of_objects(work)
-        if cluster.is_ours and not shared_by:
+        kept = any(change.kind == "Cluster" for change in work.kept)
+        if cluster.is_ours and not kept:
             work.found("Cluster", cluster.name, cluster.status)
         for pool in cluster.node_pools:
             name = f"{cluster.name}/{pool.name}"

@@ -10,6 +10,7 @@ import pytest
 
 from flows.rollout_model import rollout_model
 from flows.teardown_model import teardown_model
+from rollout.clients.cluster import ClusterClient
 from rollout.clients.gke import Gke
 from rollout.clients.iam import ServiceAccounts
 from rollout.clients.records import RecordStore
@@ -150,6 +151,39 @@ def test_two_models_share_a_target_and_one_survives_the_others_teardown(stage: S
     last = teardown_model(target=str(stage.target_file), model=str(second))
     assert last.teardown is not None
     assert {"Cluster", "ServiceAccount"} <= {change.kind for change in last.teardown.removed}
+
+
+def test_a_cluster_stays_while_it_serves_another_namespace_or_runs_somebody_elses_pods(stage: Stage) -> None:
+    rollout_model(stage.request())
+    here = stage.target
+    elsewhere = stage.write_target(namespace=f"{here.namespace}-b", ksa=here.ksa)
+    stage.write_model(name="other", service_name="other-svc", app="other")
+    rollout_model(stage.request())
+    cluster = ClusterClient.connect(elsewhere)
+
+    ended = teardown_model(target=str(stage.target_file), model=str(stage.model_file))
+    assert ended.teardown is not None
+    assert ended.teardown.left == ()
+    kept = {change.kind: change.detail for change in ended.teardown.kept}
+    assert f"{here.namespace}/{here.namespace}" in kept["Cluster"]
+    assert stage.live("Deployment"), "the first one, in its own namespace"
+    assert cluster.instances() == {(here.namespace, here.namespace)}
+
+    stage.write_target(namespace=here.namespace)
+    stage.write_model()
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "somebody-elses", "namespace": "default"},
+        "spec": {"containers": [{"name": "main", "image": "example.com/theirs:1"}]},
+    }
+    cluster.api.request("POST", "/api/v1/namespaces/default/pods", None, pod)
+    ended = teardown_model(target=str(stage.target_file), model=str(stage.model_file))
+    assert ended.teardown is not None
+    assert "somebody-elses" in {change.kind: change.detail for change in ended.teardown.kept}["Cluster"]
+    cluster.api.request("DELETE", "/api/v1/namespaces/default/pods/somebody-elses", {"gracePeriodSeconds": "0"})
+    teardown_model(target=str(stage.target_file), model=str(stage.model_file))
+    assert Gke(stage.target).get() is None
 
 
 def nothing_was_made(stage: Stage) -> None:

@@ -230,6 +230,12 @@ def test_teardown_leaves_other_models_and_what_they_share() -> None:
     assert removable(mine + foreign, "vllm-a") == tuple(mine)
 
 
+def test_what_the_cluster_shares_stays_for_a_model_in_another_namespace() -> None:
+    mine = list(objects().values())
+    going = removable(mine, "vllm-a", [("elsewhere", "vllm-c")])
+    assert {made["kind"] for made in mine} - {made["kind"] for made in going} == {"ComputeClass"}
+
+
 @pytest.mark.parametrize(
     ("manager", "applied"),
     [("llm-rollout", {"replicas": 5}), ("kube-controller-manager", {})],
