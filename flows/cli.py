@@ -142,6 +142,9 @@ def teardown(
     target: TargetOption,
     model: Annotated[str | None, typer.Option(help="Preset whose model server goes.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Record of the rollout; it is continued.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Beginning of the id of a rollout's run, as `history` shows it.")
+    ] = None,
     delete_weights: Annotated[
         bool, typer.Option("--delete-weights", help="Weights and our bucket go as well.")
     ] = False,
@@ -151,7 +154,7 @@ def teardown(
     from rollout.policy import Weights
 
     weights = Weights.DELETE if delete_weights else Weights.KEEP
-    done = teardown_model(target, model=model, report_file=str(report) if report else None, weights=weights)
+    done = teardown_model(target, model=model, report_file=str(report) if report else None, weights=weights, run=run)
     assert done.teardown is not None
     for state, changes in (("removed", done.teardown.removed), ("kept", done.teardown.kept)):
         for change in changes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import flow
 
 from rollout.catalog import load_model, load_target
-from rollout.clients.records import read_local
+from rollout.clients.records import RecordStore, read_local
 from rollout.errors import BadInput
 from rollout.policy import Weights
 from rollout.record import RolloutReport
@@ -25,6 +25,7 @@ def teardown_model(
     model: str | None = None,
     report_file: str | None = None,
     weights: Weights = Weights.KEEP,
+    run: str | None = None,
 ) -> RolloutReport:
     """Remove a model server and everything that its rollouts made, and prove that nothing of it is left.
 
@@ -33,9 +34,12 @@ def teardown_model(
         model: Preset whose model server goes; not needed when a record says it.
         report_file: Record of the rollout; it is continued with the teardown. The bucket's records count in any case.
         weights: Whether the weights and a bucket of ours go as well.
+        run: Beginning of the id of a rollout's run, also of one that was killed: the bucket's record says the rest.
     """
     where = load_target(target)
     earlier = read_local(Path(report_file)) if report_file and Path(report_file).exists() else None
+    if earlier is None and run:
+        earlier = RecordStore(where).named(run)
     plan = earlier.plan if earlier else None
     if model is not None:
         instance = load_model(model).serving.name
@@ -45,7 +49,7 @@ def teardown_model(
         raise BadInput(
             "neither a model preset nor a record says what to tear down.",
             where="teardown",
-            resolution="Give --model, or --report with the record of the rollout.",
+            resolution="Give --model, --run with the id of a rollout's run, or --report with its record.",
         )
     with target_alone(where.name), recorded(where, report_file, earlier=earlier) as record:
         owned = earlier.created if earlier else frozenset()

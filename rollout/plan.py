@@ -39,6 +39,8 @@ class Observation(Value):
     """The ready marker of exactly this commit is in place."""
     cluster_exists: bool = False
     cluster_version: str = ""
+    node_pool_exists: bool = False
+    """The target's GPU node pool, on a Standard cluster that is there already."""
     service_account_exists: bool = False
     workload_identity_bound: bool = False
     reader_bound: bool = False
@@ -158,6 +160,11 @@ def _planned_changes(
         changes.append(
             wanted(observed.cluster_exists, "Cluster", target.cluster.name, f"{target.cluster.mode} in {target.region}")
         )
+        pool = target.cluster.node_pool
+        if pool is not None and observed.cluster_exists and target.cluster.mode is ClusterMode.STANDARD:
+            # A new cluster brings its pool, and takes it away again.
+            name = f"{target.cluster.name}/{pool.name}"
+            changes.append(wanted(observed.node_pool_exists, "NodePool", name, f"up to {pool.max_nodes} nodes"))
         if target.identity is IdentityMode.SERVICE_ACCOUNT:
             changes.append(wanted(observed.service_account_exists, "ServiceAccount", target.gsa_email))
             changes.append(

@@ -22,6 +22,9 @@ COMPUTE_CLASS_SINCE = "1.30.3-gke.1451000"
 AUTO_CREATION_SINCE = "1.33.3-gke.1136000"
 """From here on a ComputeClass creates node pools in a Standard cluster that has no node auto-provisioning."""
 
+SPOT_ONLY_MACHINES = frozenset({"a3-highgpu-1g", "a3-highgpu-2g", "a3-highgpu-4g"})
+"""https://cloud.google.com/compute/docs/accelerator-optimized-machines#a3-high-vms"""
+
 STREAMER_SINCE = (0, 11, 1)
 """vLLM's first release with the Run:ai Model Streamer for Cloud Storage (quickstart)."""
 
@@ -143,6 +146,20 @@ def check_region_accelerator(accelerator: str, offered: Iterable[str] | None, re
         f"{region} does not offer {accelerator}",
         f"It offers {', '.join(offered) or 'no accelerators'}; choose one of these, or another region.",
     )
+
+
+def check_machine(serving: ServingSpec, target: Target, *, on_pool: bool) -> Check:
+    """Whether the machine type can be had as the target asks for it."""
+    name = "machine type"
+    pool = target.cluster.node_pool if on_pool else None
+    machine = pool.machine_type if pool else serving.accelerator.machine_type
+    if machine in SPOT_ONLY_MACHINES and not (pool is not None and pool.spot):
+        return warning(
+            name,
+            f"Google Cloud offers {machine} as Spot or Flex-start alone, and this asks for on-demand",
+            "Take a3-highgpu-8g, or a node pool with spot: true.",
+        )
+    return ok(name, machine)
 
 
 def check_gpu_quota(needed: int, limit: float | None, usage: float | None, *, metric: str, region: str) -> Check:

@@ -43,9 +43,10 @@ class NodePool(Value):
     """A GPU node pool of a Standard cluster."""
 
     name: KubernetesName = "gpu-pool"
-    machine_type: str = "a3-highgpu-1g"
+    machine_type: str = "a3-highgpu-8g"
+    """On demand, H100s come in machines of eight; a3-highgpu-1g, 2g and 4g need `spot`."""
     accelerator: str = "nvidia-h100-80gb"
-    accelerator_count: Annotated[int, Field(ge=1, le=16)] = 1
+    accelerator_count: Annotated[int, Field(ge=1, le=16)] = 8
     min_nodes: Annotated[int, Field(ge=0)] = 0
     max_nodes: Annotated[int, Field(ge=1)] = 2
     spot: bool = False

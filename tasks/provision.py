@@ -59,9 +59,9 @@ def provision_cluster(plan: RolloutPlan) -> Outcome[None]:
             logger.info("%s %s%s after %.0f s", progress.operation, progress.status, share, progress.elapsed_s)
 
         gke = Gke(target)
-        _, change = gke.ensure(MANAGED_BY, timeout_s=deadline_s, on_progress=show)
+        cluster, change = gke.ensure(MANAGED_BY, timeout_s=deadline_s, on_progress=show)
         optional = [gke.ensure_node_pool(timeout_s=deadline_s, on_progress=show)]
-        if target.cluster.observability:
+        if target.cluster.observability and cluster.is_ours:  # an adopted one is only told of: see the preflight
             optional.append(gke.ensure_observability(timeout_s=deadline_s, on_progress=show))
         changes = (change, *(extra for extra in optional if extra is not None))
     return Outcome(

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from google.cloud import container_v1
 from google.cloud.container_v1 import types
 
+from rollout.clients.compute import Compute
 from rollout.clients.google_auth import client_options, credentials_for, google_errors
 from rollout.errors import (
     AlreadyExists,
+    ApiDisabled,
     BadInput,
     ConcurrentChange,
     DeadlineExceeded,
     NotFound,
+    PermissionMissing,
     QuotaExceeded,
     RolloutError,
     TransientError,
@@ -207,7 +210,8 @@ class Gke:
         follow = _Follower(self._client, self._location, timeout_s, on_progress)
         try:
             with google_errors(name):
-                operation = self._client.create_node_pool(parent=self._name, node_pool=gpu_node_pool(pool))
+                wanted = gpu_node_pool(pool, self._zones_of(pool.accelerator))
+                operation = self._client.create_node_pool(parent=self._name, node_pool=wanted)
         except AlreadyExists:
             with google_errors(name):
                 found = self._client.get_node_pool(name=name)
@@ -293,6 +297,13 @@ class Gke:
             with google_errors(self._name):
                 return self._client.delete_cluster(name=self._name)
 
+    def _zones_of(self, accelerator: str) -> tuple[str, ...]:
+        """The region's zones that offer it; empty where the caller may not ask."""
+        try:
+            return Compute(self._target).accelerators().get(accelerator, ())
+        except (PermissionMissing, ApiDisabled):
+            return ()
+
     def _create(self, labels: Mapping[str, str], follow: _Follower) -> bool:
         """True if it was us who made it."""
         if not self._wanted.create_if_absent:
@@ -301,7 +312,9 @@ class Gke:
                 where=self._name,
                 resolution="Create it, or set cluster.create_if_absent to true.",
             )
-        cluster = new_cluster(self._target, MANAGED_BY | dict(labels))
+        pool = self._wanted.node_pool if self._wanted.mode is ClusterMode.STANDARD else None
+        zones = self._zones_of(pool.accelerator) if pool is not None else ()
+        cluster = new_cluster(self._target, MANAGED_BY | dict(labels), zones)
         try:
             with google_errors(self._name):
                 operation = self._client.create_cluster(parent=self._location, cluster=cluster)
@@ -410,7 +423,7 @@ def _progress(operation: types.Operation, elapsed_s: float) -> Progress:
     )
 
 
-def new_cluster(target: Target, labels: Mapping[str, str]) -> types.Cluster:
+def new_cluster(target: Target, labels: Mapping[str, str], zones: Sequence[str] = ()) -> types.Cluster:
     """The cluster to create for a target: Autopilot as in the tutorial, or Standard with the GPU node pool."""
     wanted = target.cluster
     cluster = types.Cluster(
@@ -424,10 +437,10 @@ def new_cluster(target: Target, labels: Mapping[str, str]) -> types.Cluster:
     if wanted.mode is ClusterMode.AUTOPILOT:
         cluster.autopilot = types.Autopilot(enabled=True)
         return cluster
-    return _as_standard(cluster, wanted, target)
+    return _as_standard(cluster, wanted, target, zones)
 
 
-def _as_standard(cluster: types.Cluster, wanted: Cluster, target: Target) -> types.Cluster:
+def _as_standard(cluster: types.Cluster, wanted: Cluster, target: Target, zones: Sequence[str]) -> types.Cluster:
     # Autopilot has these two by itself; loading from a bucket needs the first, older vLLM images the second.
     cluster.workload_identity_config = types.WorkloadIdentityConfig(
         workload_pool=target.universe.workload_pool(target.project)
@@ -441,7 +454,7 @@ def _as_standard(cluster: types.Cluster, wanted: Cluster, target: Target) -> typ
         )
     ]
     if wanted.node_pool is not None:
-        cluster.node_pools.append(gpu_node_pool(wanted.node_pool))
+        cluster.node_pools.append(gpu_node_pool(wanted.node_pool, zones))
     return cluster
 
 
@@ -449,10 +462,11 @@ _GKE_METADATA = types.WorkloadMetadataConfig(mode=types.WorkloadMetadataConfig.M
 """Without it, pods on the node get the node's identity instead of their own."""
 
 
-def gpu_node_pool(pool: NodePool) -> types.NodePool:
+def gpu_node_pool(pool: NodePool, zones: Sequence[str] = ()) -> types.NodePool:
     """A GPU node pool that scales between the target's bounds, with GKE installing the driver.
 
-    It begins empty: `initial_node_count` counts per zone, so one node would be three idle ones in a regional cluster.
+    `zones` are those that offer the accelerator: GKE refuses a pool in the others; none leaves it to the cluster's. It
+    begins empty: `initial_node_count` counts per zone, so one node would be three idle ones in a regional cluster.
     """
     accelerator = types.AcceleratorConfig(
         accelerator_type=pool.accelerator,
@@ -464,6 +478,7 @@ def gpu_node_pool(pool: NodePool) -> types.NodePool:
     return types.NodePool(
         name=pool.name,
         initial_node_count=0,
+        locations=list(zones),
         autoscaling=types.NodePoolAutoscaling(
             enabled=True, total_min_node_count=pool.min_nodes, total_max_node_count=pool.max_nodes
         ),

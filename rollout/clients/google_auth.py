@@ -147,6 +147,10 @@ def error_of_response(response: requests.Response, where: str) -> RolloutError:
     return _classify(response.status_code, message, details, where, response.headers.get("Retry-After"))
 
 
+_UNKNOWN_MEMBER = re.compile(r"[Ss]ervice account \S+ does not exist")
+"""How setIamPolicy refuses a member that IAM's own read already shows."""
+
+
 def _classify(
     status: int, message: str, details: tuple[Mapping[str, Any], ...], where: str, retry_after: str | None = None
 ) -> RolloutError:
@@ -165,6 +169,10 @@ def _classify(
             message,
             where=where,
             resolution="GKE makes the project's workload pool with its first cluster: wait until a cluster runs.",
+        )
+    if _UNKNOWN_MEMBER.search(message):
+        return TransientError(
+            message, where=where, resolution="A new service account is known everywhere only after a minute or so."
         )
     if status == 409:
         return AlreadyExists(message, where=where)

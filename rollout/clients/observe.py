@@ -171,7 +171,9 @@ def _observe_cluster(observer: _Observer) -> ClusterInfo | None:
         observer.found["cluster_exists"] = cluster is not None
         if cluster is not None:
             observer.found["cluster_version"] = cluster.version
+            observer.found["node_pool_exists"] = _live_pool(target, cluster) is not None
             observer.checks.append(_check_existing_cluster(cluster, target))
+            observer.checks.append(_check_observability(cluster, target))
         elif target.cluster.create_if_absent:
             why = f"{target.cluster.name} will be made ({target.cluster.mode}, {target.cluster.release_channel})"
             observer.checks.append(preflight.ok(name, why))
@@ -204,6 +206,24 @@ def _check_existing_cluster(cluster: ClusterInfo, target: Target) -> Check:
             f" --workload-pool={target.universe.workload_pool(target.project)}",
         )
     return preflight.ok("cluster", f"{cluster.name} exists, version {cluster.version}, {cluster.status}")
+
+
+def _check_observability(cluster: ClusterInfo, target: Target) -> Check:
+    """Somebody else's cluster is not changed behind their back: it only says what it lacks."""
+    name = "observability"
+    if not target.cluster.observability:
+        return preflight.not_applicable(name, "not asked for by the target")
+    if cluster.is_observable:
+        return preflight.ok(name, "logs, metrics and auto-monitoring are on")
+    if cluster.is_ours:
+        return preflight.ok(name, "logs, metrics and auto-monitoring will be switched on")
+    return preflight.warning(
+        name,
+        f"{cluster.name}, which is not ours, lacks some of the logs and metrics that the dashboards read",
+        f"gcloud container clusters update {cluster.name} --location={target.region}"
+        " --enable-managed-prometheus --auto-monitoring-scope=ALL --logging=SYSTEM,WORKLOAD"
+        " --monitoring=SYSTEM,DEPLOYMENT,HPA,POD,DCGM",
+    )
 
 
 def _observe_identity(observer: _Observer) -> None:
@@ -270,9 +290,12 @@ def _observe_accelerator(
     compute = Compute(target)
     offered = observer.optional(compute.accelerators)
     observer.checks.append(preflight.check_region_accelerator(wanted.type, offered, target.region))
+    observer.checks.append(preflight.check_machine(serving, target, on_pool=not uses_compute_class(serving, target)))
     if kind.kind is AcceleratorKind.TPU:
         return
-    quota = (observer.optional(compute.quotas) or {}).get(kind.quota_metric)
+    pool = None if uses_compute_class(serving, target) else target.cluster.node_pool
+    metric = f"PREEMPTIBLE_{kind.quota_metric}" if pool is not None and pool.spot else kind.quota_metric
+    quota = (observer.optional(compute.quotas) or {}).get(metric)
     deployment = next(manifest for manifest in objects if manifest["kind"] == "Deployment")
     running, there = 0, NodeRoom(nodes=0, idle_gpus=0)
     if preview is not None:
@@ -281,7 +304,6 @@ def _observe_accelerator(
         running = live["spec"]["replicas"] if live else 0
         selector = deployment["spec"]["template"]["spec"]["nodeSelector"]
         there = observer.optional(lambda: client.gpu_room(selector, wanted.count)) or there
-    pool = None if uses_compute_class(serving, target) else target.cluster.node_pool
     room = GpuRoom(
         gpus_per_node=gpus_per_node(serving, target),
         idle_gpus=there.idle_gpus,
@@ -294,7 +316,7 @@ def _observe_accelerator(
             room.new_nodes(max(0, replicas - running), wanted.count) * room.gpus_per_node,
             quota and quota.limit,
             quota and quota.usage,
-            metric=kind.quota_metric,
+            metric=metric,
             region=target.region,
         )
 

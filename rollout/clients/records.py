@@ -73,6 +73,17 @@ class RecordStore:
         """The record of a run; None if there is none, or no run is named."""
         return next((report for report in self.read_all() if run_id and report.run_id == run_id), None)
 
+    def named(self, beginning: str) -> RolloutReport:
+        """The one record with a plan whose run id begins so. Raises `BadInput` if there is none, or more than one."""
+        found = [report for report in self.read_all() if report.plan and report.run_id.startswith(beginning)]
+        if len(found) == 1:
+            return found[0]
+        raise BadInput(
+            f"{len(found) or 'no'} rollouts have a run id that begins with {beginning!r}.",
+            where=f"gs://{self._storage.bucket_name}",
+            resolution="Take the id from `llm-rollout history`.",
+        )
+
     def last_good(self, instance: str, repo_id: str) -> RolloutReport | None:
         """The youngest finished rollout of the same model under the same name; None if there is none."""
         good = [

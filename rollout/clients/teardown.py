@@ -224,8 +224,10 @@ def _take_inventory(work: _Teardown, shared_by: str) -> None:
     """Ask every service once more, as if nothing had been deleted."""
     target = work.target
     if target.cluster.mode is ClusterMode.KUBECONFIG:
+        _inventory_of_weights(work, shared_by)
         _inventory_of_objects(work)
         return
+    _inventory_of_weights(work, shared_by)
     cluster = Gke(target).get()
     if cluster is not None:
         _inventory_of_objects(work)
@@ -253,8 +255,22 @@ def _inventory_of_objects(work: _Teardown) -> None:
         client = ClusterClient.connect(work.target)
     except NotFound:
         return
-    for manifest in client.inventory({INSTANCE_LABEL: work.instance}):
-        work.found(manifest["kind"], object_name(manifest), "still there")
+    neighbours = client.instances() - {(work.target.namespace, work.instance)}
+    kept = {(change.kind, change.name) for change in work.kept}
+    for manifest in removable(client.inventory(), work.instance, neighbours):
+        if (manifest["kind"], object_name(manifest)) not in kept:
+            work.found(manifest["kind"], object_name(manifest), "still there")
+
+
+def _inventory_of_weights(work: _Teardown, shared_by: str) -> None:
+    """What should have gone by the policy and is still in the bucket."""
+    storage = StorageClient(work.target)
+    if work.weights is Weights.KEEP or shared_by or not storage.bucket_exists():
+        return
+    for uri in sorted(name for kind, name in work.owned if kind == "Weights"):
+        path = uri.removeprefix(f"gs://{work.target.bucket}").strip("/")
+        if path and (left := list(storage.list_objects(f"{path}/"))):
+            work.found("Weights", uri, f"{len(left)} objects")
 
 
 def _inventory_of_disks(work: _Teardown) -> None:

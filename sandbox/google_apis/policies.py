@@ -116,7 +116,8 @@ class Policies:
             return
         kind, _, email = member.partition(":")
         own = email.endswith(f"@{self._cloud.scoped_project}.iam.gserviceaccount.com")
-        if kind == "serviceAccount" and own and email not in data["service_accounts"]:
+        account = data["service_accounts"].get(email)
+        if kind == "serviceAccount" and own and (account is None or account["visible_at"] > self._cloud.now()):
             raise ApiError("INVALID_ARGUMENT", f"Service account {email} does not exist.")
 
     def _store(self, record: Record, bindings: list[Json]) -> None:

@@ -14,7 +14,7 @@ from rollout.target import Cluster, ClusterMode, NodePool, Target
 from sandbox.faults import FaultRule, Reply
 from sandbox.google_apis import Delays, GoogleApisServer
 
-H100_POOL = NodePool(machine_type="a3-highgpu-1g", spot=True, min_nodes=0, max_nodes=4, boot_disk_gib=200)
+H100_POOL = NodePool(machine_type="a3-highgpu-1g", accelerator_count=1, spot=True, max_nodes=4, boot_disk_gib=200)
 STANDARD = Cluster(mode=ClusterMode.STANDARD, node_pool=H100_POOL)
 BARE: dict[str, object] = {"cluster": {"name": "llm-serving", "initialNodeCount": 1}}
 

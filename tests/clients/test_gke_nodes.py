@@ -46,7 +46,8 @@ def test_a_node_brings_its_pool_and_the_last_one_takes_it_away(
 def test_a_node_of_a_pool_made_by_hand_leaves_the_pool_there(
     google_target: Target, google_apis: GoogleApisServer
 ) -> None:
-    cluster = Cluster(mode=ClusterMode.STANDARD, node_pool=NodePool(name="gpu-pool"))
+    pool = NodePool(name="gpu-pool", machine_type="a3-highgpu-1g", accelerator_count=1, spot=True)
+    cluster = Cluster(mode=ClusterMode.STANDARD, node_pool=pool)
     target = google_target.model_copy(update={"cluster": cluster})
     Gke(target).ensure()
     google_apis.boot_node("node-1", machine_type="a3-highgpu-1g", accelerator=H100.name, gpus=1)

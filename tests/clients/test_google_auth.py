@@ -38,6 +38,7 @@ REFUSALS = [
     (404, "Unknown service account", (), errors.NotFound, "Unknown service account"),
     (401, "Request had invalid authentication credentials.", (), errors.BadInput, "gcloud auth"),
     (400, "Identity Pool does not exist (p.svc.id.goog).", (), errors.TransientError, "first cluster"),
+    (400, "Service account new@p.iam.gserviceaccount.com does not exist.", (), errors.TransientError, "after a minute"),
     (400, "Operation o is currently creating cluster c. Please wait and try again once it is done.", (),
      errors.TransientError, "still running"),
     (400, "Invalid JSON payload received.", (), errors.BadInput, "Invalid JSON"),

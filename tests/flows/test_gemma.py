@@ -19,6 +19,7 @@ from rollout.clients.iam import ServiceAccounts
 from rollout.policy import Weights
 from rollout.record import RolloutReport, Verdict
 from rollout.rendering import KubernetesObject
+from rollout.report import Action
 from rollout.smoke import Outcome
 from sandbox.cloud import EmbeddedCloud
 from sandbox.hub_store import HubStore
@@ -89,7 +90,7 @@ def test_both_gemma_sizes_live_side_by_side_and_leave_nothing_behind(stage: Stag
 
 
 def test_a_standard_cluster_serves_from_its_gpu_node_pool(stage: Stage) -> None:
-    pool = {"name": "gpu-pool", "machine_type": "a3-highgpu-1g", "max_nodes": 2}
+    pool = {"name": "gpu-pool", "machine_type": "a3-highgpu-1g", "accelerator_count": 1, "spot": True, "max_nodes": 2}
     stage.write_target(
         cluster={"name": f"{stage.target.namespace}-std", "mode": "standard", "node_pool": pool, "observability": False}
     )
@@ -128,8 +129,16 @@ def test_a_node_pool_of_ours_goes_from_a_cluster_that_was_there_before(stage: St
     key = f"{stage.target.region}/{named['name']}"
     with stage.cloud.google.cloud.store.transaction() as data:
         data["clusters"][key]["resourceLabels"] = {}
-    target = stage.write_target(cluster={**named, "node_pool": {"name": "gpu-pool"}})
-    assert rollout_model(stage.request()).verdict is Verdict.DONE
+    pool = {"name": "gpu-pool", "machine_type": "a3-highgpu-1g", "accelerator_count": 1, "spot": True}
+    target = stage.write_target(cluster={**named, "node_pool": pool, "observability": True})
+    report = rollout_model(stage.request())
+    assert report.verdict is Verdict.DONE
+    assert ("NodePool", f"{named['name']}/gpu-pool") in report.created
+    assert report.plan is not None
+    assert any(c.kind == "NodePool" and c.action is Action.CREATED for c in report.plan.changes), "before it is made"
+    adopted = Gke(target).get()
+    assert adopted is not None
+    assert not adopted.is_observable, "somebody else's cluster is told of, not changed"
 
     assert tear_down(stage, str(stage.model_file))["Cluster"] == "made by somebody else"
     cluster = Gke(target).get()

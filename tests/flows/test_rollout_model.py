@@ -97,6 +97,17 @@ def test_the_bucket_keeps_the_record_from_before_the_first_change(stage: Stage) 
     teardown_model(target=str(stage.target_file), model=str(stage.model_file))
 
 
+def test_a_teardown_knows_a_rollout_by_the_id_of_its_run_alone(stage: Stage) -> None:
+    report = rollout_model(stage.request())
+    with pytest.raises(BadInput, match="no rollouts"):
+        teardown_model(target=str(stage.target_file), run="ffffffff-none")
+    ended = teardown_model(target=str(stage.target_file), run=report.run_id[:13])
+    assert ended.run_id == report.run_id
+    assert ended.teardown is not None
+    assert ended.teardown.left == ()
+    assert Gke(stage.target).get() is None
+
+
 def test_what_was_adopted_stays_after_teardown(stage: Stage) -> None:
     bucket = StorageClient(stage.target)._client.bucket(stage.target.bucket)
     StorageClient(stage.target)._client.create_bucket(bucket, location=stage.target.region)

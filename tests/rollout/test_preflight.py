@@ -9,11 +9,13 @@ from rollout.preflight import (
     check_gpu_quota,
     check_hub_token,
     check_image,
+    check_machine,
     check_node_provisioning,
     check_permissions,
     check_region_accelerator,
     check_services,
     check_streamer,
+    check_trial,
     check_vllm_arguments,
     ok,
     require,
@@ -119,6 +121,9 @@ def standard(pool: NodePool | None = None) -> Target:
     return TARGET.model_copy(update={"cluster": Cluster(mode=ClusterMode.STANDARD, node_pool=pool)})
 
 
+THREE = SERVING.model_copy(update={"replicas": 3})
+
+
 @pytest.mark.parametrize(
     ("serving", "target", "version", "auto_provisioning", "state"),
     [
@@ -132,7 +137,13 @@ def standard(pool: NodePool | None = None) -> Target:
         (SERVING, standard(), AUTO_CREATION_SINCE, False, CheckState.OK),
         (SERVING, standard(NodePool()), None, False, CheckState.OK),
         (SERVING, standard(NodePool(accelerator="nvidia-l4")), None, False, CheckState.FAILED),
-        (SERVING.model_copy(update={"replicas": 3}), standard(NodePool(max_nodes=2)), None, False, CheckState.FAILED),
+        (
+            SERVING.model_copy(update={"replicas": 3}),
+            standard(NodePool(max_nodes=2, accelerator_count=1)),
+            None,
+            False,
+            CheckState.FAILED,
+        ),
     ],
 )
 def test_somebody_must_make_the_nodes(
@@ -194,3 +205,29 @@ def test_pods_that_load_from_the_hub_need_its_token(
     from_hub: bool, secret_named: bool, token_found: bool, state: CheckState
 ) -> None:
     assert check_hub_token(from_hub=from_hub, secret_named=secret_named, token_found=token_found).state is state
+
+
+@pytest.mark.parametrize(
+    ("pool", "state"),
+    [
+        (NodePool(), CheckState.OK),
+        (NodePool(machine_type="a3-highgpu-1g", accelerator_count=1), CheckState.WARNING),
+        (NodePool(machine_type="a3-highgpu-1g", accelerator_count=1, spot=True), CheckState.OK),
+    ],
+)
+def test_small_h100_machines_come_as_spot_alone(pool: NodePool, state: CheckState) -> None:
+    assert check_machine(SERVING, standard(pool), on_pool=True).state is state
+
+
+@pytest.mark.parametrize(
+    ("served", "removes_itself", "state"),
+    [
+        (None, True, CheckState.OK),
+        ("google/gemma@abc", False, CheckState.OK),
+        ("google/gemma@abc", True, CheckState.FAILED),
+    ],
+)
+def test_a_trial_never_takes_the_place_of_what_serves(
+    served: str | None, removes_itself: bool, state: CheckState
+) -> None:
+    assert check_trial(served, removes_itself=removes_itself).state is state
