@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 from prefect import flow
 
 from flows.hooks import announce_outcome, clean_up_killed
-from flows.plan_model import make_plan
+from flows.plan_model import make_plan, plan_of_now
 from flows.rollout_model import provision, torn_down_by_policy, update_in_place
 from rollout.autoscaling import Autoscaling
 from rollout.plan import RolloutPlan
@@ -56,23 +58,33 @@ def profile_model(
     wanted = profiling or ProfilingSpec()
     with recorded(spec.target, report_file) as record:
         story = record.story
-        plan = make_plan(spec, story)  # for all replicas: quota and cost are about the whole
+        # For all replicas: quota and cost are about the whole.
+        plan, planned_at = make_plan(spec, story), time.monotonic()
         record.keep(plan=plan)
         require_approval(plan, story)
-        with gpus_of(plan), torn_down_by_policy(plan, record):
-            provision(plan, record)
-            if plan.serving.replicas > 1:
-                story.run(require_metrics_adapter, plan)
-            single = with_replicas(plan, 1)
-            update_in_place(single, record)
-            assert record.report.benchmark is not None, "require_profilable() saw to it"
-            profile = story.run(profile_of, single, record.report.benchmark)
-            forecast = story.run(compare_with_forecast, single, profile)
-            scaling = story.run(derive_autoscaler, single, profile, wanted.autoscaling)
-            hold_scaling(plan, profile, scaling, wanted, record)
-            require_forecast(forecast, wanted)
+        with gpus_of(plan):
+            plan = plan_of_now(plan, spec, story, age_s=time.monotonic() - planned_at)
+            record.keep(plan=plan)
+            with torn_down_by_policy(plan, record):
+                measure_and_scale(plan, wanted, record)
         record.milestone()
     return record.report
+
+
+def measure_and_scale(plan: RolloutPlan, wanted: ProfilingSpec, record: Record) -> None:
+    """One replica's profile, what follows from it, and whether it holds."""
+    story = record.story
+    provision(plan, record)
+    if plan.serving.replicas > 1:
+        story.run(require_metrics_adapter, plan)
+    single = with_replicas(plan, 1)
+    update_in_place(single, record)
+    assert record.report.benchmark is not None, "require_profilable() saw to it"
+    profile = story.run(profile_of, single, record.report.benchmark)
+    forecast = story.run(compare_with_forecast, single, profile)
+    scaling = story.run(derive_autoscaler, single, profile, wanted.autoscaling)
+    hold_scaling(plan, profile, scaling, wanted, record)
+    require_forecast(forecast, wanted)
 
 
 def hold_scaling(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from prefect import flow, get_run_logger
 
 from flows.deliver import deliver
 from flows.hooks import announce_outcome, clean_up_killed
-from flows.plan_model import make_plan
+from flows.plan_model import make_plan, plan_of_now
 from rollout.clients.cluster_wait import ServerDoesNotStart
 from rollout.errors import RolledBack, RolloutError
 from rollout.ledger import stands_over
@@ -54,15 +55,18 @@ def rollout_model(request: RolloutRequest, report_file: str | None = None) -> Ro
     spec = resolve(request)
     with recorded(spec.target, report_file) as record:
         story = record.story
-        plan = make_plan(spec, story)
+        plan, planned_at = make_plan(spec, story), time.monotonic()
         record.keep(plan=plan)
         require_approval(plan, story)
-        with gpus_of(plan), torn_down_by_policy(plan, record):
-            provision(plan, record)
-            if plan.policy.delivery.by_revisions:
-                deliver(plan, record, verify)
-            else:
-                update_in_place(plan, record)
+        with gpus_of(plan):
+            plan = plan_of_now(plan, spec, story, age_s=time.monotonic() - planned_at)
+            record.keep(plan=plan)
+            with torn_down_by_policy(plan, record):
+                provision(plan, record)
+                if plan.policy.delivery.by_revisions:
+                    deliver(plan, record, verify)
+                else:
+                    update_in_place(plan, record)
         record.milestone()
     return record.report
 

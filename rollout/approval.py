@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from rollout.objectives import Objectives
 from rollout.plan import RolloutPlan
@@ -44,9 +45,16 @@ def approval_markdown(plan: RolloutPlan) -> str:
 def shown_digest(plan: RolloutPlan) -> str:
     """Digest of what the approver decides on: what changes, what it moves and costs.
 
-    The preflight checks are left out: their texts hold figures that move from minute to minute (quota in use).
+    The preflight checks are left out: their texts hold figures that move from minute to minute (quota in use). So is
+    the id of the run that brought what serves: what it is counts.
     """
-    return content_digest(plan.model_dump(mode="json", exclude={"checks", "checkpoint_config", "project_number"}), 16)
+    unseen: dict[str, Any] = {
+        "checks": True,
+        "checkpoint_config": True,
+        "project_number": True,
+        "live_before": {"run_id"},
+    }
+    return content_digest(plan.model_dump(mode="json", exclude=unseen), 16)
 
 
 def _objectives(objectives: Objectives) -> str:
