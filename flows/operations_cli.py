@@ -279,10 +279,10 @@ def rollback(
     to: Annotated[str, typer.Option("--to", help="Run id or commit (or its beginning) of the history.")],
     report: Annotated[Path, typer.Option("--report", help="The machine-readable record.")] = Path("out/report.json"),
 ) -> None:
-    """Roll out again what served before: the recorded commit, image, replicas and context window."""
+    """Roll out again exactly what a recorded rollout served: its commit, image, flags and replicas."""
     from flows.requests import request_of, rollback_request
 
-    request = rollback_request(request_of(model, target), to)
+    request = rollback_request(request_of(model, target), to, report.with_name(f"{report.stem}-preset.yaml"))
     from flows.rollout_model import rollout_model
 
     done = rollout_model(request, report_file=str(report))

@@ -11,7 +11,6 @@ from rollout.clients.records import RecordStore
 from rollout.errors import BadInput
 from rollout.ledger import applied, in_order
 from rollout.policy import RolloutPolicy
-from rollout.record import RolloutReport
 from rollout.request import RolloutRequest, resolve
 
 
@@ -34,36 +33,40 @@ def request_of(model: str, target: str, revision: str | None = None, policy_file
     return request
 
 
-def rollback_request(request: RolloutRequest, to: str) -> RolloutRequest:
-    """The request that serves again what a recorded rollout served: its commit, image, replicas and context window.
+def rollback_request(request: RolloutRequest, to: str, preset_file: Path) -> RolloutRequest:
+    """The request that serves again exactly what a recorded rollout served.
 
-    `to` is the beginning of a run id or of a commit; of several rollouts of one commit, the newest counts. Raises
-    `BadInput` if the target's records know of none.
+    `to` is the beginning of a run id or of a commit; of several rollouts of one commit, the newest counts. Commit and
+    serving spec come from the record, not from today's preset, and go into `preset_file`, where they can be read. The
+    objectives are the record's; the traffic moves as in the newest rollout, because that is how it can move now.
+    Raises `BadInput` if the target's records know of none.
     """
     instance = load_model(request.model).serving.name
-    candidates = [
-        report
+    plans = [
+        (report.run_id, report.plan)
         for report in in_order(RecordStore(load_target(request.target)).read_all())
         if report.plan is not None and report.plan.serving.name == instance and applied(report)
     ]
-    report = next((report for report in reversed(candidates) if _is_meant(report, to)), None)
-    if report is None or report.plan is None:
+    meant = [plan for run_id, plan in plans if to and (run_id.startswith(to) or plan.model.commit_sha.startswith(to))]
+    if not meant:
         raise BadInput(
             f"no rollout of {instance} has a run or commit that begins with {to!r}.",
             where=f"target {request.target}",
             resolution=f"Look at: llm-rollout history --target {request.target}",
         )
-    serving = report.plan.serving
-    return request.model_copy(
+    plan, newest = meant[-1], plans[-1][1]
+    model = {"repo_id": plan.model.repo_id, "revision": plan.model.commit_sha}
+    preset_file.parent.mkdir(parents=True, exist_ok=True)
+    preset_file.write_text(
+        f"# What rollout {plan.rollout_id} served on {plan.target.name}.\n"
+        + yaml.safe_dump({"model": model, "serving": plan.serving.model_dump(mode="json")}, sort_keys=False),
+        encoding="utf-8",
+    )
+    policy = plan.policy.model_copy(
         update={
-            "revision": report.plan.model.commit_sha,
-            "image": serving.image,
-            "replicas": serving.replicas,
-            "max_model_len": serving.max_model_len,
+            "approval": request.policy.approval,
+            "teardown": request.policy.teardown,
+            "delivery": newest.policy.delivery,
         }
     )
-
-
-def _is_meant(report: RolloutReport, to: str) -> bool:
-    assert report.plan is not None
-    return bool(to) and (report.run_id.startswith(to) or report.plan.model.commit_sha.startswith(to))
+    return RolloutRequest(model=str(preset_file), target=request.target, policy=policy)

@@ -12,7 +12,7 @@ from flows.verify_model import verify_model
 from rollout.benchmark import BenchmarkSpec, Engine
 from rollout.clients.cluster import ClusterClient
 from rollout.errors import BadInput
-from rollout.record import Verdict
+from rollout.record import RolloutReport, Verdict
 from rollout.workload import fixed_workload
 from tests.flows.conftest import TINY_REPO, Stage
 
@@ -43,14 +43,39 @@ def test_status_history_verify_and_rollback_follow_the_records(stage: Stage) -> 
     assert verified.verdict is Verdict.DONE
     assert verified.run_id not in shown("history", *target), "a verification rolls nothing out"
 
-    stage.write_model(max_model_len=512)
-    request = rollback_request(stage.request(), commit[:8])
-    assert (request.revision, request.max_model_len) == (commit, 1024)
-    assert rollback_request(stage.request(), first.run_id) == request
+    stage.write_model(max_model_len=512, extra_args=["--enforce-eager"])
+    rollout_model(stage.request())
+    rollback = ("rollback", str(stage.model_file), *target, "--report", str(stage.report_file))
+    shown(*rollback, "--to", first.run_id[:13])
+    assert live_args(stage) == first.plan.serving.vllm_args(first.plan.weights_uri)
+    preset = stage.folder / "preset.yaml"
+    assert rollback_request(stage.request(), commit[:8], preset).model == str(preset)
     with pytest.raises(BadInput, match="begins with 'ffff'"):
-        rollback_request(stage.request(), "ffff")
+        rollback_request(stage.request(), "ffff", preset)
     with pytest.raises(BadInput):
-        rollback_request(stage.request(), "")
+        rollback_request(stage.request(), "", preset)
+
+
+def live_args(stage: Stage) -> list[str]:
+    (deployment,) = stage.live("Deployment")
+    args: list[str] = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    return args
+
+
+def test_a_rollback_after_a_delivery_by_revisions_moves_the_traffic_the_same_way(stage: Stage) -> None:
+    delivery = {"kind": "blue_green", "rollback_window_s": 0}
+    first = rollout_model(stage.request(delivery=delivery))
+    assert first.delivery is not None
+    stage.write_model(max_model_len=512)
+    second = rollout_model(stage.request(delivery=delivery))
+    assert second.delivery is not None
+    assert second.delivery.revision != first.delivery.revision
+
+    arguments = ("--target", str(stage.target_file), "--to", first.run_id, "--report", str(stage.report_file))
+    shown("rollback", str(stage.model_file), *arguments)
+    again = RolloutReport.model_validate_json(stage.report_file.read_text())
+    assert again.delivery is not None
+    assert (again.delivery.revision, again.delivery.live_before) == (first.delivery.revision, second.delivery.revision)
 
 
 def test_the_live_revision_is_asked_and_measured_from_inside_the_cluster(stage: Stage) -> None:
