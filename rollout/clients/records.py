@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rollout.catalog import explain, unreadable
 from rollout.clients.storage import StorageClient
 from rollout.errors import BadInput
-from rollout.ledger import still_owned
+from rollout.ledger import serving_now, still_owned
 from rollout.record import RECORDS_PREFIX, RolloutReport, Verdict
 from rollout.target import Target
 
@@ -43,21 +43,35 @@ def read_local(path: Path) -> RolloutReport:
 
 
 class RecordStore:
-    """The records in a target's bucket."""
+    """The records of a target, in its bucket; other targets may keep theirs beside them."""
 
     def __init__(self, target: Target) -> None:
         self._storage = StorageClient(target)
+        self._target = target.name
 
     def write(self, report: RolloutReport) -> None:
         """Keep `report`; its name sorts by time and tells the instance and the run."""
-        self._storage.write_json(_name(report), report.model_dump(mode="json"))
+        self._storage.write_json(f"{RECORDS_PREFIX}{self._target}/{_name(report)}", report.model_dump(mode="json"))
 
     def read_all(self) -> Iterator[RolloutReport]:
         """All records, oldest first. A record that this version cannot read is an error, not a gap."""
-        if not self._storage.bucket_exists():
-            return
-        for stored in self._storage.list_objects(RECORDS_PREFIX):
-            found = self._storage.read_json(stored.name)
+        return self._read(f"{RECORDS_PREFIX}{self._target}/")
+
+    def served_elsewhere(self) -> tuple[str, ...]:
+        """`target/instance` of what other targets serve out of the same bucket, by their records."""
+        targets = {name.removeprefix(RECORDS_PREFIX).partition("/")[0] for name in self._names(RECORDS_PREFIX)}
+        return tuple(
+            f"{target}/{instance}"
+            for target in sorted(targets - {self._target})
+            for instance in serving_now(self._read(f"{RECORDS_PREFIX}{target}/"))
+        )
+
+    def _names(self, prefix: str) -> list[str]:
+        return [stored.name for stored in self._storage.list_objects(prefix)] if self._storage.bucket_exists() else []
+
+    def _read(self, prefix: str) -> Iterator[RolloutReport]:
+        for name in self._names(prefix):
+            found = self._storage.read_json(name)
             if found is None:
                 continue
             try:
@@ -65,7 +79,7 @@ class RecordStore:
             except ValidationError as error:
                 raise BadInput(
                     f"not a record that this version can read: {explain(error)}",
-                    where=f"gs://{self._storage.bucket_name}/{stored.name}",
+                    where=f"gs://{self._storage.bucket_name}/{name}",
                     resolution="Use the version of llm-rollout that wrote it, or move it away.",
                 ) from error
 
@@ -102,4 +116,4 @@ class RecordStore:
 
 def _name(report: RolloutReport) -> str:
     instance = report.plan.serving.name if report.plan else "no-plan"
-    return f"{RECORDS_PREFIX}{report.started_at:%Y%m%dT%H%M%S}-{instance}-{report.run_id}.json"
+    return f"{report.started_at:%Y%m%dT%H%M%S}-{instance}-{report.run_id}.json"

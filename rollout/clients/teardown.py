@@ -25,6 +25,7 @@ from rollout.clients.iam import (
     remove_binding,
 )
 from rollout.clients.projects import Projects
+from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import remove_dead_leftovers
 from rollout.errors import AnotherWriter, ApiDisabled, NotFound, PermissionMissing
@@ -185,6 +186,9 @@ def _used_by_others(work: _Teardown, cluster: ClusterInfo) -> str:
 
 
 def _remove_weights(work: _Teardown, shared_by: str) -> None:
+    if work.weights is Weights.DELETE and not shared_by:
+        elsewhere = RecordStore(work.target).served_elsewhere()
+        shared_by = f"still serves {', '.join(elsewhere)}" if elsewhere else ""
     storage = StorageClient(work.target)
     bucket = f"gs://{work.target.bucket}"
     if not storage.bucket_exists():
@@ -265,11 +269,12 @@ def _inventory_of_objects(work: _Teardown) -> None:
 def _inventory_of_weights(work: _Teardown, shared_by: str) -> None:
     """What should have gone by the policy and is still in the bucket."""
     storage = StorageClient(work.target)
+    kept = {change.name for change in work.kept if change.kind == "Weights"}
     if work.weights is Weights.KEEP or shared_by or not storage.bucket_exists():
         return
     for uri in sorted(name for kind, name in work.owned if kind == "Weights"):
         path = uri.removeprefix(f"gs://{work.target.bucket}").strip("/")
-        if path and (left := list(storage.list_objects(f"{path}/"))):
+        if path and uri not in kept and (left := list(storage.list_objects(f"{path}/"))):
             work.found("Weights", uri, f"{len(left)} objects")
 
 

@@ -55,7 +55,7 @@ def forget_the_end(stage: Stage, report: RolloutReport, client: SyncPrefectClien
 def remove_record(stage: Stage, report: RolloutReport) -> None:
     stamp = f"{report.started_at:%Y%m%dT%H%M%S}"
     storage = StorageClient(stage.target)
-    for stored in storage.list_objects(f"{RECORDS_PREFIX}{stamp}"):
+    for stored in storage.list_objects(f"{RECORDS_PREFIX}{stage.target.name}/{stamp}"):
         storage.delete(stored)
 
 
