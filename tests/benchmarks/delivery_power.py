@@ -32,7 +32,7 @@ from rollout.delivery import (
 TTFT_S, TPOT_S = 0.2, 0.02
 FAILED_SHARE = 0.005
 """Of the requests to either version."""
-FACTORS = (1.0, 1.1, 1.2, 1.5, 2.0)
+FACTORS = (1.0, 1.05, 1.1, 1.2, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for noise in NOISES:
         for factor in FACTORS:
             source = np.random.default_rng([options.seed, round(factor * 100)])
-            print(row(noise, factor, [deliver(strategy, noise, factor, source) for _ in range(options.deliveries)]))
+            ended = [deliver(strategy, noise, factor, source) for _ in range(options.deliveries)]
+            print(row(noise, factor, ended), flush=True)
 
 
 def row(noise: Noise, factor: float, ended: Sequence[Ended]) -> str:
-    promoted, worse = (100 * np.mean([getattr(each, name) for each in ended]) for name in ("promoted", "called_worse"))
+    promoted = 100 * float(np.mean([each.promoted for each in ended]))
+    worse = 100 * float(np.mean([each.called_worse for each in ended]))
     requests = np.mean([each.requests for each in ended])
     latency = "equal" if factor == 1 else f"{factor:g}×"
     unproven = 100 - promoted - worse
