@@ -206,11 +206,12 @@ class _StepWatch:
 
     def _probe_up_to(self, size: int, prober: Prober) -> Order | None:
         """Probes until the sample has `size` requests, or until the operator decides."""
-        rate = probe_rate_per_s(self._at, self._strategy.probes)
+        rate = probe_rate_per_s(self._at, self._strategy.probes, size)
         order = self._traffic.order(self._revision)
+        began_s, before = self._elapsed_s(), self._canary.requests
         while (missing := size - self._canary.requests) > 0 and not self._ends_step(order):
             prober.probe(min(missing, max(1, int(rate * ORDER_POLL_S))), rate)
-            order = self._wait_until(self._canary.requests / rate)
+            order = self._wait_until(began_s + (self._canary.requests - before) / rate)
         return order
 
     def _sit_out(self) -> Order | None:

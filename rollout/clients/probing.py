@@ -39,7 +39,10 @@ class Prober:
             self._run(each.base_url, self._bodies(1, _WARM_UP), rate_per_s=spec.max_rate_per_s)
 
     def probe(self, count: int, rate_per_s: float) -> None:
-        """`count` requests to each endpoint, side by side, evenly spread at `rate_per_s`; adds to the samples."""
+        """`count` requests to each endpoint, side by side, evenly spread at `rate_per_s`; adds to the samples.
+
+        In the order of sending, failed ones too: the same place in two samples is one pair.
+        """
         bodies = self._bodies(count, str(self._sent))
         self._sent += count
         with ThreadPoolExecutor(len(self._probed)) as pool:

@@ -16,12 +16,15 @@ from rollout.comparison import (
     Margins,
     Sample,
     binomial_at_least,
+    clustering,
     compare,
     difference_upper_bound,
     fisher_greater,
-    mann_whitney_greater,
     missed_limits,
+    pairs_to_prove,
     precedence_greater,
+    requests_to_prove_errors,
+    signed_rank_greater,
     wilson,
 )
 from rollout.delivery import LOOK_SHARES, PROOF_LOOKS
@@ -157,13 +160,16 @@ def test_the_precedence_test_counts_arrangements() -> None:
     assert precedence_greater(np.array([0.0, 0.1]), np.array([1.0, 2.0]), 0.9) == pytest.approx(1.0)
 
 
-def test_mann_whitney_agrees_with_its_exact_distribution() -> None:
-    # U = 53 of 64; 181 of the C(16, 8) = 12,870 arrangements have as many.
-    low = np.array([1.0, 2, 3, 4, 6, 8, 10, 13])
-    high = np.array([5.0, 7, 9, 11, 12, 14, 15, 16])
-    assert mann_whitney_greater(high, low) == pytest.approx(181 / 12_870, rel=0.15)
-    assert mann_whitney_greater(low, low) > 0.5
-    assert mann_whitney_greater(np.ones(5), np.ones(5)) == 1.0
+def test_signed_ranks_agree_with_their_exact_distribution_on_darwins_maize() -> None:
+    # Fisher, The Design of Experiments (1935), section 17: crossed less self-fertilised plants, in eighths of an inch.
+    heights = np.array([49.0, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48])
+    # The negative ones have the ranks 10 and 14: of all sets of ranks 1 to 15, so many sum to 24 or less.
+    ways = [1] + [0] * 24
+    for rank in range(1, 16):
+        ways = [ways[total] + (ways[total - rank] if total >= rank else 0) for total in range(25)]
+    assert signed_rank_greater(heights) == pytest.approx(sum(ways) / 2**15, rel=0.1)
+    assert signed_rank_greater(-heights) > 0.95
+    assert signed_rank_greater(np.zeros(5)) == signed_rank_greater(np.array([])) == 1.0
 
 
 def test_the_binomial_tail_is_the_sum_of_its_terms() -> None:
@@ -187,10 +193,95 @@ def test_p_values_are_probabilities_and_fall_with_the_canarys_failures(a: int, b
 @given(st.lists(st.floats(0.001, 10), min_size=2, max_size=40), st.lists(st.floats(0.001, 10), min_size=2, max_size=40))
 def test_ranks_are_all_that_counts(values: list[float], others: list[float]) -> None:
     new, old = np.array(values), np.array(others)
-    for test in (mann_whitney_greater, lambda x, y: precedence_greater(x, y, 0.9)):
-        p = test(new, old)
-        assert 0.0 <= p <= 1.0 + 1e-12
-        assert test(np.exp2(new), np.exp2(old)) == pytest.approx(p)
+    p = precedence_greater(new, old, 0.9)
+    assert 0.0 <= p <= 1.0 + 1e-12
+    assert precedence_greater(np.exp2(new), np.exp2(old), 0.9) == pytest.approx(p)
+
+
+@given(st.lists(st.integers(-50, 50), min_size=1, max_size=40))
+def test_of_differences_signs_and_ranks_are_all_that_counts(whole: list[int]) -> None:
+    differences = np.array(whole, dtype=float)
+    p = signed_rank_greater(differences)
+    assert 0.0 <= p <= 1.0
+    assert signed_rank_greater(differences**3) == pytest.approx(p)
+    assert p + signed_rank_greater(-differences) >= 1.0 - 1e-9, "both directions cannot be found at once"
+
+
+# --- Pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_both_of_a_pair_suffer_does_not_hide_the_difference() -> None:
+    source = np.random.default_rng(11)
+    suffered = source.lognormal(0.0, 1.5, 200)
+
+    def version(factor: float) -> Sample:
+        ttft = list(0.2 * factor * suffered * source.lognormal(0.0, 0.1, 200))
+        return Sample(ttft_s=ttft, tpot_s=[0.01] * 200, e2e_s=[1.0] * 200)
+
+    assert looked(version(1.0), version(1.0)).finding is Finding.NO_WORSE
+    assert looked(version(1.0), version(1.2)).finding is Finding.WORSE
+
+
+def test_a_failed_request_takes_its_pair_with_it_and_no_other() -> None:
+    baseline, canary = Sample(), Sample()
+    failed = RequestRecord(0.0, 0.0, ended_s=0.1, failure=FailureKind.SERVER_ERROR)
+    baseline.add(answer(ttft_s) for ttft_s in (0.1, 0.2, 0.3))
+    canary.add([answer(0.11), failed, answer(0.31)])
+    old, new = baseline.pairs_s(canary, LatencyMetric.TTFT)
+    assert old == pytest.approx([0.1, 0.3])
+    assert new == pytest.approx([0.11, 0.31])
+    assert (baseline.requests, canary.requests) == (3, 3)
+
+
+def answer(ttft_s: float) -> RequestRecord:
+    return RequestRecord(0.0, 0.0, output_tokens=2, token_times_s=[ttft_s, ttft_s + 0.01], ended_s=ttft_s + 0.01)
+
+
+def test_a_series_that_repeats_itself_is_worth_less() -> None:
+    source = np.random.default_rng(13)
+    independent = source.normal(size=2000)
+    assert clustering(independent) == pytest.approx(1.0, abs=0.2)
+    # Ten of the same kind in a row: 200 independent values, not 2,000. The window sees most of it.
+    assert 6 <= clustering(np.repeat(independent[:200], 10)) <= 10
+    assert clustering(np.ones(10)) == 1.0
+
+
+def test_bursts_do_not_make_equals_worse() -> None:
+    source = np.random.default_rng(17)
+    requests = 400
+
+    def version() -> Sample:
+        bursts = np.repeat(source.lognormal(0.0, 0.7, requests // 4), 4)
+        return Sample(ttft_s=list(0.2 * bursts), tpot_s=[0.01] * requests, e2e_s=[1.0] * requests)
+
+    findings = [looked(version(), version()).finding for _ in range(200)]
+    assert findings.count(Finding.WORSE) / 200 <= ALPHA
+
+
+# --- What a proof takes -----------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.005, 0.5), st.floats(0.001, 0.1))
+def test_the_fewest_requests_that_prove_the_margin_of_errors_are_just_enough(share: float, alpha: float) -> None:
+    fewest = requests_to_prove_errors(share, alpha=alpha)
+    assert difference_upper_bound(0, fewest, 0, fewest, alpha=alpha) <= share + 1e-12
+    assert difference_upper_bound(0, fewest - 1, 0, fewest - 1, alpha=alpha) > share - 1e-12
+
+
+def test_as_many_pairs_as_are_said_to_prove_equals_do_prove_them() -> None:
+    source = np.random.default_rng(19)
+    margins = np.full(1, math.log(1.1))
+    pairs = pairs_to_prove(source.normal(0.0, 0.5, 4000), margins, alpha=0.02)
+    proven = sum(signed_rank_greater(margins[0] - source.normal(0.0, 0.5, pairs)) < 0.02 for _ in range(200))
+    assert 0.9 <= proven / 200 <= 1.0
+
+
+def test_what_is_not_proven_says_how_many_requests_would() -> None:
+    source = np.random.default_rng(23)
+    noisy = [Sample(ttft_s=list(source.lognormal(0, 1, 100)), tpot_s=[0.01] * 100, e2e_s=[1.0] * 100) for _ in "ab"]
+    found = looked(*noisy)
+    assert found.finding is Finding.UNDECIDED
+    assert "between equals about" in "".join(found.reasons)
 
 
 # --- Limits and records -----------------------------------------------------------------------------------------------

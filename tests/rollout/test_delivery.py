@@ -5,12 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rollout.comparison import TESTS, Comparison, Finding, Row
+from rollout.comparison import TESTS, Comparison, Finding, Row, Sample, compare_errors
 from rollout.delivery import (
     IN_PLACE,
     LOOK_SHARES,
@@ -24,6 +25,8 @@ from rollout.delivery import (
     Order,
     Outcome,
     ProbeSpec,
+    Unproven,
+    alpha_of_one_proof,
     alpha_of_one_test,
     decide,
     delivery_steps,
@@ -55,7 +58,9 @@ from rollout.revisions import (
     shared_selector,
 )
 from rollout.serving import Accelerator, ServingSpec, UpdateStrategy
+from rollout.stage import LatencyMetric
 from rollout.target import Target
+from tests.benchmarks.delivery_power import Noise, deliver
 
 CANARY = DeliveryStrategy(kind=DeliveryKind.CANARY)
 BLUE_GREEN = DeliveryStrategy(kind=DeliveryKind.BLUE_GREEN)
@@ -98,6 +103,16 @@ def test_blue_green_compares_without_traffic_and_switches_at_once() -> None:
     assert [step.weight_percent for step in delivery_steps(BLUE_GREEN, has_live=True)] == [0, 100]
 
 
+@pytest.mark.parametrize("strategy", [CANARY, BLUE_GREEN], ids=lambda strategy: strategy.kind.value)
+def test_only_the_step_before_the_switch_proves_latencies_and_asks_enough_for_it(strategy: DeliveryStrategy) -> None:
+    *guards, proof, window = delivery_steps(strategy, has_live=True)
+    assert proof.proves_latencies
+    assert (proof.min_requests, proof.looks[-1]) == (600, 2400)
+    for step in (*guards, window):
+        assert not step.proves_latencies
+        assert step.min_requests == 100
+
+
 def test_the_first_version_of_all_takes_everything_without_waiting() -> None:
     (only,) = delivery_steps(CANARY, has_live=False)
     assert (only.weight_percent, only.duration_s, only.min_requests) == (100, 0.0, 0)
@@ -115,6 +130,33 @@ def test_a_canary_without_steps_is_refused() -> None:
         DeliveryStrategy(kind=DeliveryKind.CANARY, steps=())
 
 
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"kind": "canary", "steps": [{"weight_percent": 5, "min_requests": 21}, {"weight_percent": 50}]}, "at 5 %"),
+        ({"kind": "blue_green", "min_requests": 16}, "at 0 %"),
+        ({"kind": "blue_green", "margins": {"error_share": 0.001}}, "Set min_requests to 1132 or more"),
+    ],
+)
+def test_a_sample_that_can_never_prove_the_margin_of_errors_is_refused(settings: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValidationError, match=where) as caught:
+        DeliveryStrategy.model_validate(settings)
+    assert "Set min_requests to" in str(caught.value)
+
+
+def test_the_smallest_sample_that_is_accepted_can_prove_the_margin_of_errors() -> None:
+    smallest = CanaryStep(weight_percent=50, min_requests=22)
+    (step, _) = delivery_steps(CANARY.model_copy(update={"steps": (smallest,)}), has_live=True)
+    assert DeliveryStrategy(kind=DeliveryKind.CANARY, steps=(smallest,)).steps == (smallest,)
+    most = Sample(e2e_s=[1.0] * step.looks[-1])
+    found = compare_errors(most, most, CANARY.margins, alpha_worse=0.001, alpha_proof=alpha_of_one_proof(CANARY))
+    assert found.finding is Finding.NO_WORSE
+
+
+def test_a_rolling_update_compares_nothing_and_accepts_any_sample() -> None:
+    assert DeliveryStrategy(min_requests=16).min_requests == 16
+
+
 def test_all_tests_of_all_looks_together_spend_alpha() -> None:
     steps = delivery_steps(CANARY, has_live=True)
     assert alpha_of_one_test(CANARY, steps) * len(steps) * len(LOOK_SHARES) * TESTS == pytest.approx(CANARY.alpha)
@@ -125,6 +167,12 @@ def test_probes_fill_the_step_and_never_hurry_beyond_their_limit() -> None:
     assert probe_rate_per_s(step, ProbeSpec()) == pytest.approx(100 / 300)
     assert probe_rate_per_s(step.model_copy(update={"duration_s": 1.0}), ProbeSpec(max_rate_per_s=3)) == 3
     assert probe_rate_per_s(step.model_copy(update={"duration_s": 0.0}), ProbeSpec(max_rate_per_s=3)) == 3
+
+
+def test_what_a_step_needs_beyond_its_time_comes_as_fast_as_allowed() -> None:
+    step, probes = delivery_steps(CANARY, has_live=True)[0], ProbeSpec(max_rate_per_s=3)
+    assert probe_rate_per_s(step, probes, step.min_requests) == pytest.approx(100 / 300)
+    assert probe_rate_per_s(step, probes, step.looks[-1]) == 3
 
 
 @pytest.mark.parametrize(
@@ -197,6 +245,37 @@ def test_what_follows_from_a_look(
     assert reason in ruling.reason
 
 
+def open_latency(requests: int) -> Comparison:
+    row = Row(
+        question="TTFT typical",
+        metric=LatencyMetric.TTFT,
+        baseline="",
+        canary="",
+        finding=Finding.UNDECIDED,
+        reason="because undecided",
+    )
+    return Comparison(requests=requests, rows=(row,))
+
+
+def test_a_step_that_guards_goes_on_without_a_proof_of_latencies_and_not_without_one_of_errors() -> None:
+    guard = MIDDLE.model_copy(update={"proves_latencies": False})
+    on = decide(guard, open_latency(100), (), elapsed_s=300)
+    assert (on.decision, on.reason) == (Decision.CONTINUE, "nothing found worse in 100 requests")
+    assert decide(guard, compared(Finding.UNDECIDED), (), elapsed_s=300).decision is Decision.HOLD
+    assert decide(MIDDLE, open_latency(100), (), elapsed_s=300).decision is Decision.HOLD
+
+
+def test_what_stays_unproven_goes_on_only_by_policy() -> None:
+    lenient = DeliveryStrategy(kind=DeliveryKind.BLUE_GREEN, unproven=Unproven.GO_ON)
+    step, _ = delivery_steps(lenient, has_live=True)
+    assert decide(step, open_latency(1200), (), elapsed_s=0).decision is Decision.HOLD
+    on = decide(step, open_latency(2400), (), elapsed_s=0)
+    assert on.decision is Decision.CONTINUE
+    assert "by policy" in on.reason
+    assert "because undecided" in on.reason
+    assert decide(step, compared(Finding.WORSE, 2400), (), elapsed_s=0).decision is Decision.ROLL_BACK
+
+
 @given(st.lists(st.sampled_from(Decision), max_size=30))
 def test_every_sequence_of_decisions_leads_forward_or_out(decisions: list[Decision]) -> None:
     steps = delivery_steps(CANARY, has_live=True)
@@ -223,6 +302,29 @@ def test_the_last_step_never_continues_and_others_never_finish(
         Decision.ROLL_BACK,
     )
     assert decide(MIDDLE, looked, (), elapsed_s=elapsed_s, order=order).decision is not Decision.FINISH
+
+
+# --- Whole deliveries -------------------------------------------------------------------------------------------------
+
+# The noise of a TTFT under load; `tests/benchmarks/delivery_power.py` prints the whole table.
+LOADED = Noise(0.7, 0.3)
+
+
+@pytest.mark.parametrize("strategy", [CANARY, BLUE_GREEN], ids=lambda strategy: strategy.kind.value)
+@pytest.mark.parametrize(("factor", "promoted"), [(1.0, True), (1.5, False)], ids=["equal", "half as long again"])
+def test_under_load_equals_are_promoted_and_what_is_slower_goes_back(
+    strategy: DeliveryStrategy, factor: float, promoted: bool
+) -> None:
+    source = np.random.default_rng(20261127)
+    as_due = [deliver(strategy, LOADED, factor, source).promoted is promoted for _ in range(60)]
+    assert sum(as_due) / len(as_due) >= 0.95
+
+
+def test_a_version_at_the_margin_is_promoted_no_more_often_than_allowed() -> None:
+    source = np.random.default_rng(20261127)
+    factor = 1 + CANARY.margins.latency_share
+    promoted = [deliver(CANARY, Noise(0.3, 0.1), factor, source).promoted for _ in range(60)]
+    assert sum(promoted) / len(promoted) <= CANARY.alpha
 
 
 # --- Revisions --------------------------------------------------------------------------------------------------------
