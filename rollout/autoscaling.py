@@ -104,6 +104,15 @@ def autoscaling_for(
     A target above the highest observed latency means maximum throughput. `startup_s` is how long a new replica takes
     until it serves. Raises TargetUnreachable for a target below the lowest observed latency, with the range.
     """
+    stated = {each.metric for each in profile.ranges}
+    unstated = [name[:-3].upper() for name in targets.given() if name[:-3].upper() not in stated]
+    if unstated:
+        raise BadInput(
+            f"{profile.source.name} does not state {' and '.join(unstated)} of {profile.model} on"
+            f" {profile.accelerator}, so no threshold can hold such a target.",
+            where="autoscaling",
+            resolution=f"Set a target for {' or '.join(sorted(stated))}, or measure it: our own benchmarks state all.",
+        )
     point = profile.operating_point(targets)
     if point is None:
         ranges = "; ".join(map(str, profile.ranges))

@@ -142,6 +142,10 @@ class ManifestRequest(Value):
     """Kubernetes service account of the pods; the bucket must trust it."""
     targets: Targets = Targets()
     use_case: str = CHATBOT
+    input_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of a prompt; None: the use case's."""
+    output_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of an answer, likewise."""
     model_bucket_uri: BucketUri | None = None
     serving_stack: ServingStack = ServingStack.VLLM
     max_replicas: Annotated[int, Field(ge=1)] = 10
@@ -215,9 +219,7 @@ def generate_manifests(
             resolution="Use --generator=google for it, or vllm.",
         )
     chip = accelerator(request.accelerator_type)
-    use_case = use_case_named(request.use_case)
-    tokens = max(2048, (use_case.input_tokens or 0) + (use_case.output_tokens or 0))
-    sizing = size_serving(facts, chip, tokens_per_request=tokens, count=request.accelerator_count)
+    sizing = request_sizing(request, facts)
     storage = storage_backend(request, chip)
     serving = _serving(request, facts, chip, sizing, storage)
     checks = _checks(request, facts, serving, storage)
@@ -240,6 +242,35 @@ def generate_manifests(
         checks=checks,
         scale_first_to=1 if writes_cache else None,
     )
+
+
+LEAST_TOKENS_PER_REQUEST = 2048
+"""Sizing never assumes shorter requests: the quickstart's own benchmark has prompts and answers of up to 1024 each."""
+
+
+def request_sizing(request: ManifestRequest, facts: ModelFacts) -> Sizing:
+    """How many accelerators a replica takes, and which flags fit: known before any curve is looked for.
+
+    Raises what `size_serving` raises, and BadInput for a use case that nobody knows.
+    """
+    inputs, outputs = _lengths(request)
+    tokens = max(LEAST_TOKENS_PER_REQUEST, (inputs or 0) + (outputs or 0))
+    chip = accelerator(request.accelerator_type)
+    return size_serving(facts, chip, tokens_per_request=tokens, count=request.accelerator_count)
+
+
+def _lengths(request: ManifestRequest) -> tuple[int | None, int | None]:
+    use_case = use_case_named(request.use_case)
+    return request.input_length or use_case.input_tokens, request.output_length or use_case.output_tokens
+
+
+def _about_lengths(request: ManifestRequest) -> list[str]:
+    if None not in _lengths(request):
+        return []
+    return [
+        f"The lengths of its requests are not stated: sized for {LEAST_TOKENS_PER_REQUEST} tokens a request. State them"
+        " with --input-length and --output-length."
+    ]
 
 
 # --- Choices ---------------------------------------------------------------------------------------------------------
@@ -329,8 +360,9 @@ def _autoscaling(
         return None
     if profile is None:
         raise BadInput(
-            f"no measured or catalogued curve of {request.model} on {request.accelerator_type} is known, so a latency"
-            " target cannot be turned into a threshold.",
+            f"no measured or catalogued curve of {request.model} on {serving.accelerator.count} x"
+            f" {request.accelerator_type} for {use_case_named(request.use_case).name} is known, so a latency target"
+            " cannot be turned into a threshold.",
             where="autoscaling",
             resolution="Run the benchmark first, or name another source: --source=google, --file=BENCHMARKS.csv.",
         )
@@ -658,7 +690,11 @@ def _comments(
 ) -> tuple[str, ...]:
     name = deployment_name(request.model, request.model_server)
     sections = [
-        [f"{request.model}, optimised for {use_case_named(request.use_case).name}.", *sizing.arithmetic],
+        [
+            f"{request.model}, optimised for {use_case_named(request.use_case).name}.",
+            *_about_lengths(request),
+            *sizing.arithmetic,
+        ],
         _storage_comments(request, facts, storage, grants),
         _xla_comments(request, chip, serving, storage),
         _autoscaling_comments(request, autoscaling) if autoscaling else [],

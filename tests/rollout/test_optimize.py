@@ -386,6 +386,12 @@ def test_a_target_below_every_latency_says_the_range() -> None:
         autoscaling_for(curve(QWEN, "nvidia-l4"), Targets(ntpot_ms=10), startup_s=1)
 
 
+def test_a_target_that_the_source_does_not_state_is_not_called_too_low() -> None:
+    with pytest.raises(BadInput, match="does not state ITL") as refused:
+        autoscaling_for(curve(QWEN, "nvidia-l4", itl=False), Targets(itl_ms=30, ttft_ms=90), startup_s=1)
+    assert "NTPOT or TTFT" in str(refused.value)
+
+
 def test_littles_law_stands_in_for_an_unmeasured_concurrency() -> None:
     profile = curve(QWEN, "nvidia-l4")
     points = tuple(point.model_copy(update={"running_requests": None}) for point in profile.points)
@@ -452,6 +458,16 @@ def test_llm_d_routes_to_the_pods_through_the_picker() -> None:
     assert ("Service", pool["spec"]["endpointPickerRef"]["name"]) in objects
     assert route["spec"]["rules"][0]["backendRefs"][0]["name"] == name
     assert ("Gateway", route["spec"]["parentRefs"][0]["name"]) in objects
+
+
+def test_a_use_case_without_lengths_is_sized_at_the_floor_and_says_so() -> None:
+    case = {**CASES["llm-d"], "use_case": "Multi Agent Large Document Summarization"}
+    unstated, stated = generate(**case), generate(**case, input_length=30_000, output_length=1000)
+
+    assert "not stated: sized for 2048 tokens a request" in unstated.text(Output.COMMENTS)
+    assert "A request of 2048 tokens" in unstated.text(Output.COMMENTS)
+    assert "not stated" not in stated.text(Output.COMMENTS)
+    assert "A request of 31000 tokens" in stated.text(Output.COMMENTS)
 
 
 def test_gke_asks_the_pods_of_llm_d_where_vllm_answers() -> None:
