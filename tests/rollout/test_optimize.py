@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes import client, config
+from kubernetes import client
 
 from rollout.accelerators import ACCELERATORS, accelerator
 from rollout.autoscaling import (
@@ -53,7 +55,8 @@ from rollout.sizing import FULL_CONTEXTS, size_serving
 from rollout.target import Target
 from rollout.universe import Universe
 from rollout.vllm_flags import parse_arguments
-from sandbox.cluster import KubernetesServer
+from tests.engines import real_vllm_python
+from tests.sandbox.cluster_support import REAL, api_server
 
 GOLDENS = Path(__file__).parents[1] / "manifests" / "optimized"
 DAY = date(2026, 11, 22)
@@ -175,16 +178,48 @@ def test_every_known_model_fits_where_it_says_and_vllm_knows_the_flags(model: st
     assert fit.arithmetic() in generated.text(Output.COMMENTS)
 
 
+PARSE = """
+import contextlib, io, json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser(prog="api_server.py"))
+refused = []
+for arguments in json.load(sys.stdin):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parser.parse_args(arguments)
+    except SystemExit:
+        refused.append([arguments, said.getvalue()[-500:]])
+print("refused:", json.dumps(refused))
+"""
+"""Reads argument lists, and prints those that vLLM's own parser refuses."""
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(1800)
+def test_vllms_own_parser_takes_every_argument() -> None:
+    python = real_vllm_python()
+    everything = [*CASES.values(), *({"model": model, "accelerator_type": "nvidia-b200"} for model in MODELS)]
+    given = [container_of(generate(**case))["args"] for case in everything] + [["--no-such-flag"]]
+
+    result = subprocess.run(
+        [str(python), "-c", PARSE], input=json.dumps(given), capture_output=True, text=True, check=True
+    )
+
+    (line,) = (each for each in result.stdout.splitlines() if each.startswith("refused: "))
+    # The last list shows that the parser does refuse.
+    assert [arguments for arguments, _ in json.loads(line.removeprefix("refused: "))] == [["--no-such-flag"]]
+
+
 # --- The API server's word --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[client.ApiClient]:
-    if "KUBECONFIG" in os.environ:
-        yield config.new_client_from_config()
-        return
-    with KubernetesServer(tmp_path_factory.mktemp("cluster")) as server:
-        yield client.ApiClient(client.Configuration(host=server.url))
+    """The real API server of `KUBECONFIG` or `KUBEBUILDER_ASSETS`, else the embedded one."""
+    with api_server(tmp_path_factory.mktemp("cluster")) as connection:
+        yield connection.api_client
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -196,9 +231,15 @@ def test_an_api_server_accepts_every_object(case: str, api: client.ApiClient) ->
         core.create_namespace({"metadata": {"name": namespace}})
     target = Target(name="test", project="my-project", region="us-central1", bucket="my-bucket", namespace=namespace)
 
-    preview = ClusterClient(ClusterApi(api), target).preview(generated.objects)
+    # A bare API server has none of the definitions of GKE and of the inference extension.
+    groups = {"", *(each.name for each in client.ApisApi(api).get_api_versions().groups)}
+    served = [each for each in generated.objects if each["apiVersion"].rpartition("/")[0] in groups]
+    assert "Deployment" in {each["kind"] for each in served}
+    assert REAL or len(served) == len(generated.objects)
 
-    assert len(preview.changes) == len(generated.objects)
+    preview = ClusterClient(ClusterApi(api), target).preview(served)
+
+    assert len(preview.changes) == len(served)
     assert {change.action for change in preview.changes} == {Action.CREATED}
 
 
