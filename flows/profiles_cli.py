@@ -373,16 +373,17 @@ def create_manifests(
     target_ntpot_milliseconds: NtpotOption = None,
     target_itl_milliseconds: ItlOption = None,
     use_case: Annotated[str, typer.Option(help="Optimise for this use case.")] = "Chatbot",
-    input_length: Annotated[
+    target_input_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a prompt; default: the use case's.")
     ] = None,
-    output_length: Annotated[
+    target_output_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer; default: the use case's.")
     ] = None,
     model_bucket_uri: Annotated[
         str | None, typer.Option(help="gs://BUCKET/PATH with config.json and weights; default: Hugging Face.")
     ] = None,
     serving_stack: Annotated[str, typer.Option(help="vllm or llm-d.")] = "vllm",
+    min_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's lower limit: capacity for bursts.")] = 1,
     max_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's upper limit.")] = 10,
     metrics_adapter: Annotated[str, typer.Option(help="stackdriver or prometheus.")] = "stackdriver",
     boot_disk_gib: Annotated[int | None, typer.Option(min=10, help="Cache weights on a larger boot disk.")] = None,
@@ -416,10 +417,11 @@ def create_manifests(
         "service_account": service_account or (where.ksa if where else "default"),
         "targets": targets,
         "use_case": use_case,
-        "input_length": input_length,
-        "output_length": output_length,
+        "input_length": target_input_length,
+        "output_length": target_output_length,
         "model_bucket_uri": model_bucket_uri,
         "serving_stack": serving_stack,
+        "min_replicas": min_replicas,
         "max_replicas": max_replicas,
         "adapter": metrics_adapter,
         "boot_disk_gib": boot_disk_gib,

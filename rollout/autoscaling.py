@@ -36,8 +36,8 @@ ADAPTER_DOCS = "https://github.com/GoogleCloudPlatform/k8s-stackdriver/tree/mast
 ADAPTER_NAMESPACE = "custom-metrics"
 ADAPTER_SERVICE_ACCOUNT = "custom-metrics-stackdriver-adapter"
 ADAPTER_ROLE = "roles/monitoring.viewer"
-"""Without it the adapter runs and answers every query with 403. From the README at `ADAPTER_DOCS`, "Using Workload
-Identity", and the grant of https://cloud.google.com/kubernetes-engine/docs/tutorials/serve-vllm-tpu#set-up-ca."""
+"""Without it the adapter runs and may read nothing. The README at `ADAPTER_DOCS` asks for it where Workload Identity is
+used; the principal is that of https://cloud.google.com/kubernetes-engine/docs/tutorials/serve-vllm-tpu#set-up-ca."""
 
 LEAST_SCALE_DOWN_WINDOW_S = 300
 """Kubernetes' own default."""

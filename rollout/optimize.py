@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from rollout.accelerators import AcceleratorKind, AcceleratorType, accelerator
 from rollout.autoscaling import (
@@ -148,6 +148,8 @@ class ManifestRequest(Value):
     """Tokens of an answer, likewise."""
     model_bucket_uri: BucketUri | None = None
     serving_stack: ServingStack = ServingStack.VLLM
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    """The autoscaler's lower limit: what stays when a burst comes before its replica does."""
     max_replicas: Annotated[int, Field(ge=1)] = 10
     adapter: Adapter = Adapter.STACKDRIVER
     boot_disk_gib: Annotated[int, Field(ge=10)] | None = None
@@ -158,6 +160,12 @@ class ManifestRequest(Value):
     project_number: str | None = None
     universe: Universe = Universe()
     validated: ValidatedWith = ValidatedWith()
+
+    @model_validator(mode="after")
+    def _has_room(self) -> ManifestRequest:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        return self
 
 
 class BucketGrant(Value):
@@ -269,7 +277,7 @@ def _about_lengths(request: ManifestRequest) -> list[str]:
         return []
     return [
         f"The lengths of its requests are not stated: sized for {LEAST_TOKENS_PER_REQUEST} tokens a request. State them"
-        " with --input-length and --output-length."
+        " with --target-input-length and --target-output-length."
     ]
 
 
@@ -527,6 +535,7 @@ def _objects(
             name=serving.name,
             namespace=request.namespace,
             labels=values["labels"],
+            min_replicas=request.min_replicas,
             max_replicas=request.max_replicas,
             adapter=request.adapter,
         )

@@ -294,7 +294,13 @@ def test_the_quickstarts_example_for_llm_d_works(profiles: Profiles) -> None:
     [
         *("--accelerator-count=4", "--service-account=me", "--use-case=Chatbot", "--serving-stack=vllm"),
         *("--max-replicas=10", "--metrics-adapter=stackdriver", "--boot-disk-gib=200", "--gke-version=1.34.1-gke.1"),
-        *("--project-number=1", "--from-hub", "--target-itl-milliseconds=20", "--input-length=100", "--history=out"),
+        *(
+            "--project-number=1",
+            "--from-hub",
+            "--target-itl-milliseconds=20",
+            "--target-input-length=100",
+            "--history=out",
+        ),
     ],
 )
 def test_google_is_not_asked_for_what_it_would_ignore(profiles: Profiles, target: str, flag: str) -> None:

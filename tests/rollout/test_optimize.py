@@ -459,6 +459,15 @@ def test_the_autoscaler_owns_the_replicas_and_does_not_flap() -> None:
     assert "/subject/ns/custom-metrics/sa/custom-metrics-stackdriver-adapter" in comments
 
 
+def test_spare_replicas_are_the_autoscalers_lower_limit() -> None:
+    generated = generate(**CASES["autoscaling-ntpot"], min_replicas=2)
+    (hpa,) = (each for each in generated.objects if each["kind"] == "HorizontalPodAutoscaler")
+
+    assert (hpa["spec"]["minReplicas"], hpa["spec"]["maxReplicas"]) == (2, 10)
+    with pytest.raises(ValueError, match="min_replicas=11 is more than"):
+        generate(**CASES["autoscaling-ntpot"], min_replicas=11)
+
+
 def test_the_metric_is_named_as_the_adapter_names_it() -> None:
     generated = generate(**CASES["autoscaling-ntpot"], adapter=Adapter.PROMETHEUS)
     (hpa,) = (each for each in generated.objects if each["kind"] == "HorizontalPodAutoscaler")
