@@ -6,7 +6,7 @@ rendered here. Heavy imports wait until a command runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -85,9 +85,20 @@ RequiredModel = Annotated[str, typer.Option("--model", help="The model, e.g. ope
 ServerOption = Annotated[str | None, typer.Option("--model-server", help="The model server, e.g. vllm.")]
 RequiredServer = Annotated[str, typer.Option("--model-server", help="The model server, e.g. vllm.")]
 VersionOption = Annotated[
-    str | None, typer.Option("--model-server-version", help="The server's version; default: all that are known.")
+    str | None,
+    typer.Option(
+        "--model-server-version", help="The server's version; default: all that are known (gcloud's default: latest)."
+    ),
 ]
 AcceleratorOption = Annotated[str | None, typer.Option("--accelerator-type", help="E.g. nvidia-h100-80gb.")]
+CountOption = Annotated[int | None, typer.Option("--accelerator-count", min=1, help="Accelerators of one replica.")]
+PriceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--usd-per-accelerator-hour",
+        help="ACCELERATOR=USD, what you pay with its share of the machine; before list prices. May be repeated.",
+    ),
+]
 InstanceOption = Annotated[str | None, typer.Option("--instance-type", help="E.g. a3-highgpu-1g.")]
 PricingOption = Annotated[str, typer.Option("--pricing-model", help="on-demand, spot, 1-year-cud or 3-years-cud.")]
 UseCaseOption = Annotated[str | None, typer.Option("--use-case", help="A name of `use-cases list`.")]
@@ -121,8 +132,7 @@ def list_models(
     output_format: FormatOption = "table",
 ) -> None:
     """Models that the sources know."""
-    found = _sources(target, source, file, history)
-    _print_names("model", [name for each in found for name in each.models()], output_format)
+    _print_names_of(_sources(target, source, file, history), "model", lambda each: each.models(), output_format)
 
 
 @servers_app.command("list")
@@ -136,7 +146,7 @@ def list_model_servers(
 ) -> None:
     """Model servers of a model."""
     found = _sources(target, source, file, history)
-    _print_names("model_server", [name for each in found for name in each.model_servers(model)], output_format)
+    _print_names_of(found, "model_server", lambda each: each.model_servers(model), output_format)
 
 
 @versions_app.command("list")
@@ -151,8 +161,9 @@ def list_model_server_versions(
 ) -> None:
     """Versions of a model server for a model."""
     found = _sources(target, source, file, history)
-    names = [name for each in found for name in each.model_server_versions(model, model_server)]
-    _print_names("model_server_version", names, output_format)
+    _print_names_of(
+        found, "model_server_version", lambda each: each.model_server_versions(model, model_server), output_format
+    )
 
 
 @profiles_app.command("list")
@@ -161,7 +172,9 @@ def list_profiles(
     model_server: ServerOption = None,
     model_server_version: VersionOption = None,
     accelerator_type: AcceleratorOption = None,
+    accelerator_count: CountOption = None,
     instance_type: InstanceOption = None,
+    usd_per_accelerator_hour: PriceOption = None,
     pricing_model: PricingOption = ON_DEMAND,
     use_case: UseCaseOption = None,
     serving_stack: StackOption = None,
@@ -191,7 +204,9 @@ def list_profiles(
         model_server=model_server,
         model_server_version=model_server_version,
         accelerator=accelerator_type,
+        accelerator_count=accelerator_count,
         instance_type=instance_type,
+        usd_per_accelerator_hour=_stated_prices(usd_per_accelerator_hour),
         pricing_model=pricing_named(pricing_model),
         output_to_input_ratio=output_input_cost_ratio,
         use_case=use_case,
@@ -207,6 +222,7 @@ def list_profiles(
     )
     form = format_named(output_format)
     found = select(ask(_sources(target, source, file, history, query), query), query)
+    _print_notes(found.notes)
     typer.echo(render_list(found, form), nl=False)
 
 
@@ -216,7 +232,9 @@ def list_benchmarks(
     model_server: ServerOption = None,
     model_server_version: VersionOption = None,
     accelerator_type: AcceleratorOption = None,
+    accelerator_count: CountOption = None,
     instance_type: InstanceOption = None,
+    usd_per_accelerator_hour: PriceOption = None,
     pricing_model: PricingOption = ON_DEMAND,
     use_case: UseCaseOption = None,
     serving_stack: StackOption = None,
@@ -238,7 +256,9 @@ def list_benchmarks(
         model_server=model_server,
         model_server_version=model_server_version,
         accelerator=accelerator_type,
+        accelerator_count=accelerator_count,
         instance_type=instance_type,
+        usd_per_accelerator_hour=_stated_prices(usd_per_accelerator_hour),
         pricing_model=pricing_named(pricing_model),
         output_to_input_ratio=output_input_cost_ratio,
         use_case=use_case,
@@ -248,18 +268,25 @@ def list_benchmarks(
     )
     form = format_named(output_format)
     answer = ask(_sources(target, source, file, history, query), query, every_point=True)
-    typer.echo(render_list(select(answer, query, every_point=True), form, BENCHMARK_LIST_COLUMNS), nl=False)
+    found = select(answer, query, every_point=True)
+    _print_notes(found.notes)
+    typer.echo(render_list(found, form, BENCHMARK_LIST_COLUMNS), nl=False)
 
 
 @use_cases_app.command("list")
 def list_use_cases(
-    history: HistoryOption = DEFAULT_HISTORY, file: FileOption = None, output_format: FormatOption = "table"
+    target: TargetOption = None,
+    source: SourceOption = None,
+    file: FileOption = None,
+    history: HistoryOption = DEFAULT_HISTORY,
+    output_format: FormatOption = "table",
 ) -> None:
-    """The quickstart's six use cases, and the workloads of our own measurements."""
+    """The quickstart's six use cases, and what else the sources were measured with."""
     from rollout.profile_formats import format_named, render_use_cases
     from rollout.profiles import ProfileQuery, ask, use_cases
 
-    answer = ask(_sources(None, None, file, history), ProfileQuery())
+    answer = ask(_sources(target, source, file, history), ProfileQuery())
+    _print_notes(answer.notes)
     typer.echo(render_use_cases(use_cases(answer.profiles), format_named(output_format)), nl=False)
 
 
@@ -281,6 +308,7 @@ def recommend(
     output_tokens_per_s: Annotated[float | None, typer.Option(help="Demand in output tokens per second.")] = None,
     use_case: UseCaseOption = None,
     accelerator_type: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    usd_per_accelerator_hour: PriceOption = None,
     pricing_model: PricingOption = ON_DEMAND,
     region: Annotated[str | None, typer.Option(help="Where prices count; default: the target's, or Google's.")] = None,
     max_usd_per_hour: Annotated[float | None, typer.Option(help="Budget of all replicas.")] = None,
@@ -299,6 +327,7 @@ def recommend(
     from rollout.recommend import recommend as rank
 
     pricing = pricing_named(pricing_model)
+    where, stated = _target(target), _stated_prices(usd_per_accelerator_hour)
     requirements = Requirements(
         model=model,
         targets=_targets(target_ttft_milliseconds, target_ntpot_milliseconds, target_itl_milliseconds),
@@ -307,18 +336,26 @@ def recommend(
         use_case=use_case,
         accelerators=tuple(accelerator_type or ()),
         pricing_model=pricing,
+        region=region or (where.region if where else None),
         max_usd_per_hour=max_usd_per_hour,
         max_usd_per_million_output_tokens=target_cost_per_million_output_tokens,
         output_to_input_ratio=output_input_cost_ratio,
     )
-    query = ProfileQuery(model=model, pricing_model=pricing, output_to_input_ratio=output_input_cost_ratio)
+    query = ProfileQuery(
+        model=model,
+        usd_per_accelerator_hour=stated,
+        pricing_model=pricing,
+        output_to_input_ratio=output_input_cost_ratio,
+    )
     answer = ask(_sources(target, source, file, history, query), query)
-    found = rank(answer.profiles, requirements, _price_of(_target(target), region, pricing))
+    found = rank(answer.profiles, requirements, _price_of(where, requirements.region, pricing, stated))
+    _print_notes((*answer.notes, *found.all_notes))
     typer.echo(render_recommendation(found, format_named(output_format)), nl=False)
 
 
 @manifests_app.command("create")
 def create_manifests(
+    context: typer.Context,
     model: RequiredModel,
     accelerator_type: Annotated[str, typer.Option("--accelerator-type", help="E.g. nvidia-h100-80gb.")],
     model_server: RequiredServer = "vllm",
@@ -336,10 +373,17 @@ def create_manifests(
     target_ntpot_milliseconds: NtpotOption = None,
     target_itl_milliseconds: ItlOption = None,
     use_case: Annotated[str, typer.Option(help="Optimise for this use case.")] = "Chatbot",
+    target_input_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prompt; default: the use case's.")
+    ] = None,
+    target_output_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer; default: the use case's.")
+    ] = None,
     model_bucket_uri: Annotated[
         str | None, typer.Option(help="gs://BUCKET/PATH with config.json and weights; default: Hugging Face.")
     ] = None,
     serving_stack: Annotated[str, typer.Option(help="vllm or llm-d.")] = "vllm",
+    min_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's lower limit: capacity for bursts.")] = 1,
     max_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's upper limit.")] = 10,
     metrics_adapter: Annotated[str, typer.Option(help="stackdriver or prometheus.")] = "stackdriver",
     boot_disk_gib: Annotated[int | None, typer.Option(min=10, help="Cache weights on a larger boot disk.")] = None,
@@ -358,7 +402,7 @@ def create_manifests(
 ) -> None:
     """Deployment, Service, PodMonitoring; with a latency target an autoscaler, with a bucket the fastest loading."""
     from rollout.catalog import validated
-    from rollout.optimize import LATEST_VERSION, ManifestRequest, Output
+    from rollout.optimize import LATEST_VERSION, ManifestRequest, Output, request_sizing
     from rollout.profiles import ProfileQuery
 
     where = _target(target)
@@ -373,8 +417,11 @@ def create_manifests(
         "service_account": service_account or (where.ksa if where else "default"),
         "targets": targets,
         "use_case": use_case,
+        "input_length": target_input_length,
+        "output_length": target_output_length,
         "model_bucket_uri": model_bucket_uri,
         "serving_stack": serving_stack,
+        "min_replicas": min_replicas,
         "max_replicas": max_replicas,
         "adapter": metrics_adapter,
         "boot_disk_gib": boot_disk_gib,
@@ -387,13 +434,20 @@ def create_manifests(
     request = validated(ManifestRequest, stated, where="manifests create")
     wanted = _choice(Output, output, "--output")
     if generator is Generator.GOOGLE:
+        _refuse_what_google_would_ignore(context)
         text = _by_google(request, where, model_server_version or "", wanted)
     else:
         facts = _facts(model, config, weights_gib, where, from_hub=from_hub)
         curve = None
         if targets.given():
-            query = ProfileQuery(model=model, model_server=model_server, accelerator=accelerator_type)
-            curve = _curve(_sources(target, source, file, history, query), query)
+            query = ProfileQuery(
+                model=model,
+                model_server=model_server,
+                model_server_version=model_server_version,
+                accelerator=accelerator_type,
+                accelerator_count=request_sizing(request, facts).accelerator_count,
+            )
+            curve = _curve(_sources(target, source, file, history, query), query, use_case)
         text = _rendered_here(request, facts, curve).text(wanted)
     if output_path is None:
         typer.echo(text, nl=False)
@@ -469,6 +523,23 @@ def _targets(ttft_ms: float | None, ntpot_ms: float | None, itl_ms: float | None
     return validated(Targets, given, where="latency targets")
 
 
+def _print_names_of(
+    sources: Sequence[ProfileSource], key: str, question: Callable[[ProfileSource], Sequence[str]], output_format: str
+) -> None:
+    from rollout.profiles import ask_names
+
+    names, notes = ask_names(sources, question)
+    _print_notes(notes)
+    _print_names(key, names, output_format)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    """On stderr, so that every format stays what a program reads."""
+    from rollout.profile_formats import render_notes
+
+    typer.echo(render_notes(notes), nl=False, err=True)
+
+
 def _print_names(key: str, names: Sequence[str], output_format: str) -> None:
     from rollout.profile_formats import format_named, render_data
 
@@ -485,21 +556,34 @@ def _choice(kind: type[EnumT], name: str, flag: str) -> EnumT:
         raise BadInput(f"there is no {name!r}.", where=flag, resolution=f"Known are {', '.join(kind)}.") from None
 
 
-def _price_of(target: Target | None, region: str | None, pricing: PricingModel) -> PriceOf:
-    from rollout.clients.profile_sources import default_region
-    from rollout.cost import Price, price_for
-    from rollout.errors import BadInput
+def _price_of(target: Target | None, region: str | None, pricing: PricingModel, stated: Mapping[str, float]) -> PriceOf:
+    from rollout.cost import Price, find_price
 
     own = target.gpu_usd_per_hour if target else None
 
     def price_of(profile: Profile) -> Price | None:
-        place = region or (target.region if target else default_region(profile.accelerator))
-        try:
-            return price_for(profile.accelerator, place, pricing, own_usd_per_gpu_hour=own)
-        except BadInput:
-            return None
+        return find_price(profile.accelerator, region, pricing, own_usd_per_gpu_hour=own, stated=stated)
 
     return price_of
+
+
+def _stated_prices(given: Sequence[str] | None) -> dict[str, float]:
+    import re
+
+    from rollout.accelerators import accelerator
+    from rollout.errors import BadInput
+
+    prices = {}
+    for text in given or ():
+        name, _, usd = text.partition("=")
+        if not re.fullmatch(r"\d+(\.\d+)?", usd) or not float(usd):
+            raise BadInput(
+                f"{text!r} is not ACCELERATOR=USD.",
+                where="--usd-per-accelerator-hour",
+                resolution="E.g. --usd-per-accelerator-hour nvidia-h200-141gb=10.85.",
+            )
+        prices[accelerator(name).name] = float(usd)
+    return prices
 
 
 def _facts(
@@ -527,12 +611,14 @@ def _facts(
     return validated(ModelFacts, stated, where=str(config))
 
 
-def _curve(sources: Sequence[ProfileSource], query: ProfileQuery) -> Profile | None:
-    """The youngest measured curve, else the catalogue's with the most load points."""
-    from rollout.profiles import ask, best_curve, select
+def _curve(sources: Sequence[ProfileSource], query: ProfileQuery, use_case: str) -> Profile | None:
+    """The youngest measured curve of such a replica, else the catalogue's with the most load points."""
+    from rollout.profiles import ask, best_curve, select, use_case_named
 
     found = select(ask(sources, query, every_point=True), query, every_point=True)
-    return best_curve(row.profile for row in found.rows)
+    _print_notes(found.notes)
+    profiles = [row.profile for row in found.rows]
+    return best_curve(profiles, accelerator_count=query.accelerator_count, use_case=use_case_named(use_case).name)
 
 
 def _rendered_here(request: ManifestRequest, facts: ModelFacts, curve: Profile | None) -> GeneratedManifests:
@@ -542,20 +628,43 @@ def _rendered_here(request: ManifestRequest, facts: ModelFacts, curve: Profile |
     return generate_manifests(request, facts, on=utc_now().date(), profile=curve)
 
 
+_GOOGLE_HONOURS = frozenset(
+    {
+        *("model", "model_server", "model_server_version", "accelerator_type", "namespace", "model_bucket_uri"),
+        *("target_ttft_milliseconds", "target_ntpot_milliseconds", "generator", "output", "output_path", "target"),
+    }
+)
+"""Options of `manifests create` that Google's API v1 has a field for, or that are about the output."""
+
+
+def _refuse_what_google_would_ignore(context: typer.Context) -> None:
+    from rollout.errors import BadInput
+
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        if name not in _GOOGLE_HONOURS and _is_typed(context, name)
+    ]
+    if given:
+        raise BadInput(
+            f"Google's generator takes no {', '.join(given)}.",
+            where="--generator",
+            resolution="Leave it out, or use --generator=local.",
+        )
+
+
+def _is_typed(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _by_google(request: ManifestRequest, target: Target | None, version: str, output: Output) -> str:
     from rollout.clients.recommender import Recommender
     from rollout.errors import BadInput
     from rollout.optimize import Output as Part
-    from rollout.optimize import ServingStack
 
     if target is None:
         raise BadInput("Google's generator belongs to a target.", where="--generator", resolution="Give --target.")
-    if request.serving_stack is not ServingStack.VLLM:
-        raise BadInput(
-            "Google's API v1 takes no serving stack.",
-            where="--serving-stack",
-            resolution="Use --generator=local for it.",
-        )
     found = Recommender(target).manifests(
         model=request.model,
         model_server=request.model_server,

@@ -1,11 +1,9 @@
 """The accelerators that we know: memory, GKE labels, machines and quota names, each with its source.
 
-Sources: https://cloud.google.com/compute/docs/gpus (memory per GPU, machine types),
-https://cloud.google.com/kubernetes-engine/docs/concepts/gpus (labels), https://cloud.google.com/tpu/docs/system-architecture
-(HBM per chip), https://cloud.google.com/compute/resource-usage#gpu_quota (quota metrics),
-https://cloud.google.com/compute/docs/accelerator-optimized-machines and
-https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus (vCPUs and memory of the machines, TPU topologies),
-https://docs.vllm.ai/en/latest/features/quantization/#supported-hardware (FP8). Read 2026-11.
+`AcceleratorType.source` is where a row's memory, machines, vCPUs and host memory come from. The rest has one page for
+all rows: labels https://cloud.google.com/kubernetes-engine/docs/concepts/gpus, quota metrics
+https://cloud.google.com/compute/resource-usage#gpu_quota, FP8
+https://docs.vllm.ai/en/latest/features/quantization/#supported-hardware. Read 2026-11.
 """
 
 from __future__ import annotations
@@ -17,6 +15,9 @@ from rollout.errors import BadInput
 from rollout.values import Value
 
 GIB = 2**30
+
+_MACHINES = "https://cloud.google.com/compute/docs/accelerator-optimized-machines"
+_TPUS = "https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus"
 
 
 class AcceleratorKind(StrEnum):
@@ -39,6 +40,8 @@ class AcceleratorType(Value):
     kind: AcceleratorKind = AcceleratorKind.GPU
     memory_gib: float
     """Memory of one GPU or chip as the vendor states it."""
+    source: str
+    """Where memory, machines, vCPUs and host memory come from."""
     quota_metric: str
     """Region quota of Compute Engine for on-demand use; the preemptible one is prefixed `PREEMPTIBLE_`."""
     machines: tuple[Machine, ...]
@@ -83,6 +86,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
     for accelerator in (
         AcceleratorType(
             name="nvidia-h100-80gb",
+            source=f"{_MACHINES} (A3 High)",
             memory_gib=80,
             host_vcpus=26,
             host_memory_gib=234,
@@ -94,6 +98,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="nvidia-h100-mega-80gb",
+            source=f"{_MACHINES} (A3 Mega)",
             memory_gib=80,
             host_vcpus=26,
             host_memory_gib=234,
@@ -103,6 +108,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="nvidia-h200-141gb",
+            source=f"{_MACHINES} (A3 Ultra)",
             memory_gib=141,
             host_vcpus=28,
             host_memory_gib=369,
@@ -112,6 +118,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="nvidia-b200",
+            source=f"{_MACHINES} (A4)",
             memory_gib=180,
             host_vcpus=28,
             host_memory_gib=496,
@@ -121,6 +128,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="nvidia-tesla-a100",
+            source=f"{_MACHINES} (A2 Standard)",
             memory_gib=40,
             host_vcpus=12,
             host_memory_gib=85,
@@ -129,6 +137,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="nvidia-a100-80gb",
+            source=f"{_MACHINES} (A2 Ultra)",
             memory_gib=80,
             host_vcpus=12,
             host_memory_gib=170,
@@ -137,6 +146,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="nvidia-l4",
+            source=f"{_MACHINES} (G2)",
             memory_gib=24,
             host_vcpus=12,
             host_memory_gib=48,
@@ -155,6 +165,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="nvidia-rtx-pro-6000",
+            source=f"{_MACHINES} (G4)",
             memory_gib=96,
             host_vcpus=48,
             host_memory_gib=180,
@@ -164,6 +175,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="tpu-v5-lite-podslice",
+            source=f"{_TPUS}; HBM: https://cloud.google.com/tpu/docs/v5e",
             kind=AcceleratorKind.TPU,
             memory_gib=16,
             host_vcpus=24,
@@ -174,6 +186,7 @@ ACCELERATORS: dict[str, AcceleratorType] = {
         ),
         AcceleratorType(
             name="tpu-v6e-slice",
+            source=f"{_TPUS}; HBM: https://cloud.google.com/tpu/docs/v6e",
             kind=AcceleratorKind.TPU,
             memory_gib=32,
             host_vcpus=22,

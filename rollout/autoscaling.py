@@ -33,6 +33,11 @@ ADAPTER_MANIFEST = (
     "deploy/production/adapter_new_resource_model.yaml"
 )
 ADAPTER_DOCS = "https://github.com/GoogleCloudPlatform/k8s-stackdriver/tree/master/custom-metrics-stackdriver-adapter"
+ADAPTER_NAMESPACE = "custom-metrics"
+ADAPTER_SERVICE_ACCOUNT = "custom-metrics-stackdriver-adapter"
+ADAPTER_ROLE = "roles/monitoring.viewer"
+"""Without it the adapter runs and may read nothing. The README at `ADAPTER_DOCS` asks for it where Workload Identity is
+used; the principal is that of https://cloud.google.com/kubernetes-engine/docs/tutorials/serve-vllm-tpu#set-up-ca."""
 
 LEAST_SCALE_DOWN_WINDOW_S = 300
 """Kubernetes' own default."""
@@ -99,6 +104,15 @@ def autoscaling_for(
     A target above the highest observed latency means maximum throughput. `startup_s` is how long a new replica takes
     until it serves. Raises TargetUnreachable for a target below the lowest observed latency, with the range.
     """
+    stated = {each.metric for each in profile.ranges}
+    unstated = [name[:-3].upper() for name in targets.given() if name[:-3].upper() not in stated]
+    if unstated:
+        raise BadInput(
+            f"{profile.source.name} does not state {' and '.join(unstated)} of {profile.model} on"
+            f" {profile.accelerator}, so no threshold can hold such a target.",
+            where="autoscaling",
+            resolution=f"Set a target for {' or '.join(sorted(stated))}, or measure it: our own benchmarks state all.",
+        )
     point = profile.operating_point(targets)
     if point is None:
         ranges = "; ".join(map(str, profile.ranges))

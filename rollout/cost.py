@@ -9,7 +9,7 @@ Source: https://cloud.google.com/kubernetes-engine/docs/how-to/machine-learning/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from enum import StrEnum
 from typing import Annotated
@@ -128,7 +128,8 @@ _MONTHLY_COLUMNS = (PricingModel.COMMITMENT_1Y, PricingModel.COMMITMENT_3Y)
 
 _LIST_PRICES: dict[tuple[str, str], tuple[float, float, float | None, float | None]] = {
     # (accelerator, region): USD/hour on demand, USD/hour spot, USD/month with 1-year and 3-year commitments, for one
-    # GPU: a3-highgpu-1g, a2-ultragpu-8g / 8 and a2-highgpu-1g. The source lists no commitments for a2-ultragpu.
+    # GPU: a3-highgpu-1g, a2-ultragpu-8g / 8, a2-highgpu-1g and g2-standard-12. The source lists no commitments for
+    # a2-ultragpu; H200, B200, RTX PRO 6000 and TPUs are not in it.
     ("nvidia-h100-80gb", "us-central1"): (11.0612499878219, 4.42446871232877, 5601.26008308, 3546.37477674),
     ("nvidia-h100-80gb", "us-east1"): (11.0612499878219, 4.42446871232877, 5601.26008308, 3546.37477674),
     ("nvidia-h100-80gb", "us-east4"): (11.0694695189041, 4.45487967123288, 5605.04064372, 3549.07518846),
@@ -147,13 +148,33 @@ _LIST_PRICES: dict[tuple[str, str], tuple[float, float, float | None, float | No
     ("nvidia-a100-80gb", "asia-southeast1"): (49.9814838356164 / 8, 20.1003506849315 / 8, None, None),
     ("nvidia-tesla-a100", "us-central1"): (3.673385, 1.293355, 1689.3711392, 938.56707798),
     ("nvidia-tesla-a100", "us-east1"): (3.673385, 1.293355, 1689.3711392, 938.56707798),
+    ("nvidia-tesla-a100", "us-east5"): (3.673385, 1.17533, 1689.37111, 938.5672415),
     ("nvidia-tesla-a100", "us-west1"): (3.673385, 1.293355, 1689.3711392, 938.56707798),
     ("nvidia-tesla-a100", "us-west4"): (3.934354926, 1.57366, 1793.61866583, 1009.26738745),
     ("nvidia-tesla-a100", "europe-west4"): (3.747972, 1.44587, 1723.6728172, 957.62681807),
     ("nvidia-tesla-a100", "asia-northeast1"): (4.049590926, 1.271375, 1846.61330783, 1038.71536699),
     ("nvidia-tesla-a100", "asia-southeast1"): (4.013757926, 1.60545, 1830.13370383, 1029.5572739),
+    ("nvidia-l4", "us-central1"): (1.000416287, 0.393596, 460.09144542, 328.63672535),
+    ("nvidia-l4", "us-east1"): (1.000416287, 0.393596, 460.09144542, 328.63672535),
+    ("nvidia-l4", "us-east4"): (0.997140504, 0.398836, 458.58497216, 327.56067688),
+    ("nvidia-l4", "us-east5"): (1.12676882, 0.338030644, 518.20102368, 370.14356832),
+    ("nvidia-l4", "us-west1"): (1.000416287, 0.393596, 460.09144542, 328.63672535),
+    ("nvidia-l4", "us-west4"): (1.12676882, 0.352152, 518.20102368, 370.14356832),
+    ("nvidia-l4", "europe-west1"): (1.101558412, 0.386796, 506.60674904, 361.86186724),
+    ("nvidia-l4", "europe-west2"): (1.139059982, 0.34284, 523.85372393, 374.18122606),
+    ("nvidia-l4", "europe-west3"): (1.179027018, 0.423336, 542.23454139, 387.31040162),
+    ("nvidia-l4", "europe-west4"): (1.051487566, 0.376708, 483.5791633, 345.41357951),
+    ("nvidia-l4", "asia-east1"): (1.158382064, 0.319276, 532.73994604, 380.52851328),
+    ("nvidia-l4", "asia-northeast1"): (1.284734612, 0.389124, 590.84943524, 422.03537012),
+    ("nvidia-l4", "asia-southeast1"): (1.234213584, 0.45572, 567.61479376, 405.43913548),
 }
-"""Only regions that sell the accelerator. For Cloud de Confiance by S3NS no list price is known."""
+"""Only regions that sell the accelerator, and us-east5, where the quickstart takes its prices. For Cloud de Confiance
+by S3NS no list price is known."""
+
+
+def default_region(accelerator: str) -> str:
+    """The quickstart's region of prices: us-east5, and us-central1 for A3 machines."""
+    return "us-central1" if accelerator.startswith(("nvidia-h100", "nvidia-h200")) else "us-east5"
 
 
 def list_price(accelerator: str, region: str, model: PricingModel = PricingModel.ON_DEMAND) -> Price | None:
@@ -168,6 +189,26 @@ def list_price(accelerator: str, region: str, model: PricingModel = PricingModel
     return Price(usd_per_gpu_hour=per_hour, source=_CALCULATOR, as_of=_CALCULATOR_DATE)
 
 
+def find_price(
+    accelerator: str,
+    region: str | None = None,
+    model: PricingModel = PricingModel.ON_DEMAND,
+    *,
+    own_usd_per_gpu_hour: float | None = None,
+    stated: Mapping[str, float] | None = None,
+) -> Price | None:
+    """What the asker states, else the target's own on-demand price, else the list price; None where none is known.
+
+    `stated` is by accelerator, and counts for whatever pricing model is asked. The target's own price is an on-demand
+    one: it says nothing about spot or commitments. Without a `region`, the quickstart's.
+    """
+    if stated and accelerator in stated:
+        return Price(usd_per_gpu_hour=stated[accelerator], source="stated with the question")
+    if own_usd_per_gpu_hour is not None and model is PricingModel.ON_DEMAND:
+        return Price(usd_per_gpu_hour=own_usd_per_gpu_hour, source="the target's gpu_usd_per_hour")
+    return list_price(accelerator, region or default_region(accelerator), model)
+
+
 def price_for(
     accelerator: str,
     region: str,
@@ -175,17 +216,13 @@ def price_for(
     *,
     own_usd_per_gpu_hour: float | None = None,
 ) -> Price:
-    """The target's own price if it states one, else the list price.
-
-    Raises BadInput, which asks for the target's own price, where no list price is known.
-    """
-    if own_usd_per_gpu_hour is not None:
-        return Price(usd_per_gpu_hour=own_usd_per_gpu_hour, source="the target's gpu_usd_per_hour")
-    price = list_price(accelerator, region, model)
+    """As `find_price`, and raises BadInput that asks for a price where none is known."""
+    price = find_price(accelerator, region, model, own_usd_per_gpu_hour=own_usd_per_gpu_hour)
     if price is None:
         raise BadInput(
             f"no {model.value} list price is known for {accelerator} in {region}.",
             where="cost",
-            resolution="State what you pay for one GPU with its share of the machine in target.gpu_usd_per_hour.",
+            resolution="State what you pay on demand for one GPU with its share of the machine in"
+            " target.gpu_usd_per_hour.",
         )
     return price

@@ -22,10 +22,20 @@ class ModelFacts(Value):
     repo_id: RepoId
     weights_bytes: Annotated[int, Field(gt=0)]
     config: dict[str, Any]
-    """The parts of config.json that decide the KV cache."""
+    """The parts of config.json that decide the KV cache and how the weights are quantised."""
     gated: bool = False
     """Its licence must be accepted on the hub, so its pods need a token."""
     source: str = "the project's table"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the checkpoint is quantised already (MXFP4, AWQ, GPTQ, FP8 …): vLLM refuses another method."""
+        return any("quantization_config" in part for part in (self.config, self.config.get("text_config") or {}))
+
+    @property
+    def allows_fp8_kv_cache(self) -> bool:
+        """gpt-oss fails at its first request: https://github.com/vllm-project/vllm/issues/23832 (attention sinks)."""
+        return self.config.get("model_type") != "gpt_oss"
 
 
 def _layers(count: int, pattern: Sequence[str]) -> list[str]:
@@ -44,6 +54,17 @@ def _config(layers: int, heads: int, kv_heads: int, head_dim: int, longest: int,
         "max_position_embeddings": longest,
         **more,
     }
+
+
+def _gpt_oss(layers: int) -> dict[str, Any]:
+    """Experts in MXFP4, as its own `quantization_config` says."""
+    return _config(
+        *(layers, 64, 8, 64, 131_072),
+        model_type="gpt_oss",
+        quantization_config={"quant_method": "mxfp4"},
+        sliding_window=128,
+        layer_types=_layers(layers, [_LOCAL, _GLOBAL]),
+    )
 
 
 def _gemma4(layers: int, heads: int, kv_heads: int, global_kv_heads: int) -> dict[str, Any]:
@@ -74,12 +95,12 @@ MODELS: dict[str, ModelFacts] = {
         ModelFacts(
             repo_id="openai/gpt-oss-20b",
             weights_bytes=13_761_264_768,
-            config=_config(24, 64, 8, 64, 131_072, sliding_window=128, layer_types=_layers(24, [_LOCAL, _GLOBAL])),
+            config=_gpt_oss(24),
         ),
         ModelFacts(
             repo_id="openai/gpt-oss-120b",
             weights_bytes=65_248_815_744,
-            config=_config(36, 64, 8, 64, 131_072, sliding_window=128, layer_types=_layers(36, [_LOCAL, _GLOBAL])),
+            config=_gpt_oss(36),
         ),
         ModelFacts(
             repo_id="meta-llama/Llama-3.1-8B-Instruct",

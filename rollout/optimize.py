@@ -14,12 +14,15 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from rollout.accelerators import AcceleratorKind, AcceleratorType, accelerator
 from rollout.autoscaling import (
     ADAPTER_DOCS,
     ADAPTER_MANIFEST,
+    ADAPTER_NAMESPACE,
+    ADAPTER_ROLE,
+    ADAPTER_SERVICE_ACCOUNT,
     METRIC,
     Adapter,
     Autoscaling,
@@ -54,10 +57,28 @@ LEAST_GKE = ("1.29.6-gke.1254000", "1.30.2-gke.1394000")
 """From which GKE versions on Cloud Storage can be loaded from (quickstart): of 1.29, and of 1.30 and later."""
 
 MODEL_MOUNT = "/data"
-XLA_CACHE = f"{MODEL_MOUNT}/xla_cache"
 
-ENDPOINT_PICKER_IMAGE = "registry.k8s.io/gateway-api-inference-extension/epp:v1.4.0"
-"""v1.5.0 calls a vLLM without LoRA unhealthy, because it misses the metric `vllm:lora_requests_info`."""
+XLA_MOUNT = "/xla"
+XLA_FOLDER = "xla-cache"
+"""Compiled graphs are kept at `xla-cache/<path of the weights>` of the bucket: beside the weights, because a folder
+among them breaks the model streamer."""
+
+GPU_ENGINE_START_S = 180.0
+"""`ServingSpec.startup_failure_threshold`'s own: profiling, compilation and graph capture."""
+TPU_ENGINE_START_S = 1800.0
+"""vLLM's TPU guide: "the compilation time may take 20~30 minutes in the first run" (one XLA graph per shape)."""
+TPU_CACHED_START_S = 300.0
+"""The same guide: "reduces to ~5 minutes afterwards", from the cache in `VLLM_XLA_CACHE_PATH`.
+vllm-project/vllm, docs/getting_started/installation/google_tpu.md"""
+
+INFERENCE_EXTENSION_VERSION = "v1.4.0"
+"""Of the endpoint picker and of the definitions together. v1.5.0's picker calls a vLLM without LoRA unhealthy, because
+it misses the metric `vllm:lora_requests_info`."""
+ENDPOINT_PICKER_IMAGE = f"registry.k8s.io/gateway-api-inference-extension/epp:{INFERENCE_EXTENSION_VERSION}"
+INFERENCE_EXTENSION_MANIFEST = (
+    "https://github.com/kubernetes-sigs/gateway-api-inference-extension/releases/download/"
+    f"{INFERENCE_EXTENSION_VERSION}/manifests.yaml"
+)
 
 FUSE_MOUNT_OPTIONS = (
     "implicit-dirs",
@@ -121,8 +142,14 @@ class ManifestRequest(Value):
     """Kubernetes service account of the pods; the bucket must trust it."""
     targets: Targets = Targets()
     use_case: str = CHATBOT
+    input_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of a prompt; None: the use case's."""
+    output_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of an answer, likewise."""
     model_bucket_uri: BucketUri | None = None
     serving_stack: ServingStack = ServingStack.VLLM
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    """The autoscaler's lower limit: what stays when a burst comes before its replica does."""
     max_replicas: Annotated[int, Field(ge=1)] = 10
     adapter: Adapter = Adapter.STACKDRIVER
     boot_disk_gib: Annotated[int, Field(ge=10)] | None = None
@@ -133,6 +160,12 @@ class ManifestRequest(Value):
     project_number: str | None = None
     universe: Universe = Universe()
     validated: ValidatedWith = ValidatedWith()
+
+    @model_validator(mode="after")
+    def _has_room(self) -> ManifestRequest:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        return self
 
 
 class BucketGrant(Value):
@@ -194,17 +227,15 @@ def generate_manifests(
             resolution="Use --generator=google for it, or vllm.",
         )
     chip = accelerator(request.accelerator_type)
-    use_case = use_case_named(request.use_case)
-    tokens = max(2048, (use_case.input_tokens or 0) + (use_case.output_tokens or 0))
-    sizing = size_serving(facts, chip, tokens_per_request=tokens, count=request.accelerator_count)
+    sizing = request_sizing(request, facts)
     storage = storage_backend(request, chip)
     serving = _serving(request, facts, chip, sizing, storage)
     checks = _checks(request, facts, serving, storage)
     refusals = [check for check in checks if check.state is CheckState.FAILED]
     if refusals:
         raise BadInput(refusals[0].why, where=refusals[0].name, resolution=refusals[0].resolution)
-    autoscaling = _autoscaling(request, facts, serving, profile)
-    writes_cache = chip.kind is AcceleratorKind.TPU and storage is not StorageBackend.HUB
+    autoscaling = _autoscaling(request, facts, chip, serving, profile)
+    writes_cache = xla_cache_path(request, chip) is not None
     grants = _grants(request, writes_cache=writes_cache)
     header = version_header(request, chip, on)
     return GeneratedManifests(
@@ -212,13 +243,42 @@ def generate_manifests(
         serving=serving,
         objects=_objects(request, facts, chip, serving, storage, autoscaling, header),
         header=header,
-        comments=_comments(request, facts, sizing, storage, autoscaling, grants, writes_cache=writes_cache),
+        comments=_comments(request, facts, chip, serving, sizing, storage, autoscaling, grants),
         storage=storage,
         autoscaling=autoscaling,
         grants=grants,
         checks=checks,
         scale_first_to=1 if writes_cache else None,
     )
+
+
+LEAST_TOKENS_PER_REQUEST = 2048
+"""Sizing never assumes shorter requests: the quickstart's own benchmark has prompts and answers of up to 1024 each."""
+
+
+def request_sizing(request: ManifestRequest, facts: ModelFacts) -> Sizing:
+    """How many accelerators a replica takes, and which flags fit: known before any curve is looked for.
+
+    Raises what `size_serving` raises, and BadInput for a use case that nobody knows.
+    """
+    inputs, outputs = _lengths(request)
+    tokens = max(LEAST_TOKENS_PER_REQUEST, (inputs or 0) + (outputs or 0))
+    chip = accelerator(request.accelerator_type)
+    return size_serving(facts, chip, tokens_per_request=tokens, count=request.accelerator_count)
+
+
+def _lengths(request: ManifestRequest) -> tuple[int | None, int | None]:
+    use_case = use_case_named(request.use_case)
+    return request.input_length or use_case.input_tokens, request.output_length or use_case.output_tokens
+
+
+def _about_lengths(request: ManifestRequest) -> list[str]:
+    if None not in _lengths(request):
+        return []
+    return [
+        f"The lengths of its requests are not stated: sized for {LEAST_TOKENS_PER_REQUEST} tokens a request. State them"
+        " with --target-input-length and --target-output-length."
+    ]
 
 
 # --- Choices ---------------------------------------------------------------------------------------------------------
@@ -302,26 +362,44 @@ def _caches_in_memory(request: ManifestRequest, facts: ModelFacts) -> bool:
 
 
 def _autoscaling(
-    request: ManifestRequest, facts: ModelFacts, serving: ServingSpec, profile: Profile | None
+    request: ManifestRequest, facts: ModelFacts, chip: AcceleratorType, serving: ServingSpec, profile: Profile | None
 ) -> Autoscaling | None:
     if not request.targets.given():
         return None
     if profile is None:
         raise BadInput(
-            f"no measured or catalogued curve of {request.model} on {request.accelerator_type} is known, so a latency"
-            " target cannot be turned into a threshold.",
+            f"no measured or catalogued curve of {request.model} on {serving.accelerator.count} x"
+            f" {request.accelerator_type} for {use_case_named(request.use_case).name} is known, so a latency target"
+            " cannot be turned into a threshold.",
             where="autoscaling",
             resolution="Run the benchmark first, or name another source: --source=google, --file=BENCHMARKS.csv.",
         )
-    return autoscaling_for(profile, request.targets, startup_s=startup_s(facts, serving))
+    # Replicas that the autoscaler adds find the cache that the first one has written.
+    engine_start_s = TPU_CACHED_START_S if xla_cache_path(request, chip) else _first_engine_start_s(chip)
+    return autoscaling_for(profile, request.targets, startup_s=startup_s(facts, serving, engine_start_s))
 
 
-def startup_s(facts: ModelFacts, serving: ServingSpec) -> float:
+def startup_s(facts: ModelFacts, serving: ServingSpec, engine_start_s: float = GPU_ENGINE_START_S) -> float:
     """About how long a new replica takes until it serves: its node, its weights, the engine.
 
     300 s for a node: the middle of what GKE's documentation and users report for GPU machines.
     """
-    return 300.0 + serving.startup_failure_threshold(facts.weights_bytes, period_s=1)
+    return 300.0 + serving.startup_failure_threshold(facts.weights_bytes, period_s=1, engine_start_s=engine_start_s)
+
+
+def _first_engine_start_s(chip: AcceleratorType) -> float:
+    return TPU_ENGINE_START_S if chip.kind is AcceleratorKind.TPU else GPU_ENGINE_START_S
+
+
+def xla_cache_path(request: ManifestRequest, chip: AcceleratorType) -> str | None:
+    """Where in the bucket the replicas on TPUs keep their compiled graphs.
+
+    None for GPUs, for weights from the hub, and for weights at the root of a bucket: nothing there is beside them.
+    """
+    if chip.kind is not AcceleratorKind.TPU or request.model_bucket_uri is None:
+        return None
+    path = _bucket_of(request.model_bucket_uri)[1]
+    return f"{XLA_FOLDER}/{path}" if path else None
 
 
 def _grants(request: ManifestRequest, *, writes_cache: bool) -> tuple[BucketGrant, ...]:
@@ -361,11 +439,13 @@ def _serving(
     tag = version if version.startswith("v") else f"v{version}"
     repository = "vllm/vllm-tpu" if chip.kind is AcceleratorKind.TPU else "vllm/vllm-openai"
     extra = list(sizing.extra_args)
-    if storage is StorageBackend.STREAMER and count > 1:
-        # Each rank reads its share once, instead of every rank reading everything.
+    if storage is StorageBackend.STREAMER and count > 1 and chip.kind is AcceleratorKind.GPU:
+        # Each rank reads its share once, instead of every rank reading everything. vLLM: "currently only possible on
+        # CUDA and ROCM devices" (docs/models/extensions/runai_model_streamer.md).
         extra.append('--model-loader-extra-config={"distributed": true}')
     parser = "gemma4" if facts.config.get("model_type") == "gemma4" else None
     disk = request.boot_disk_gib
+    ready_timeout_s: float = ServingSpec.model_fields["ready_timeout_s"].default
     return ServingSpec(
         name=name,
         service_name=name,
@@ -392,6 +472,8 @@ def _serving(
         tool_call_parser=parser,
         reasoning_parser=parser,
         load_format="runai_streamer" if storage is StorageBackend.STREAMER else None,
+        # The usual wait is for a GPU's engine.
+        ready_timeout_s=ready_timeout_s + _first_engine_start_s(chip) - GPU_ENGINE_START_S,
         extra_args=tuple(extra),
     )
 
@@ -453,6 +535,7 @@ def _objects(
             name=serving.name,
             namespace=request.namespace,
             labels=values["labels"],
+            min_replicas=request.min_replicas,
             max_replicas=request.max_replicas,
             adapter=request.adapter,
         )
@@ -463,8 +546,10 @@ def _objects(
             if autoscaling is not None:
                 # No replicas: the autoscaler owns that field.
                 del each["spec"]["replicas"]
-            if request.model_bucket_uri and (storage is StorageBackend.FUSE or chip.kind is AcceleratorKind.TPU):
-                _mount_bucket(each, request.model_bucket_uri, writable=chip.kind is AcceleratorKind.TPU)
+            if request.model_bucket_uri and storage is StorageBackend.FUSE:
+                _mount_weights(each, request.model_bucket_uri)
+            if request.model_bucket_uri and xla_cache_path(request, chip):
+                _mount_xla_cache(each, request.model_bucket_uri)
     return objects
 
 
@@ -476,6 +561,7 @@ _LLM_D_FILES = [
     "endpoint-picker-deployment.yaml",
     "endpoint-picker-service.yaml",
     "inference-pool.yaml",
+    "inference-pool-health-check.yaml",
     "gateway.yaml",
     "http-route.yaml",
 ]
@@ -510,7 +596,9 @@ def _values(
         "args": args[entry:],
         "port": serving.port,
         "env": _environment(request, facts, chip, storage),
-        "startup_failure_threshold": serving.startup_failure_threshold(facts.weights_bytes, period_s=STARTUP_PERIOD_S),
+        "startup_failure_threshold": serving.startup_failure_threshold(
+            facts.weights_bytes, period_s=STARTUP_PERIOD_S, engine_start_s=_first_engine_start_s(chip)
+        ),
         "node_selector": _node_selector(chip, serving),
     }
 
@@ -529,8 +617,8 @@ def _environment(
         variables: list[dict[str, Any]] = []
         if not request.universe.is_default:
             variables.append({"name": "GOOGLE_CLOUD_UNIVERSE_DOMAIN", "value": request.universe.domain})
-        if chip.kind is AcceleratorKind.TPU:
-            variables.append({"name": "VLLM_XLA_CACHE_PATH", "value": XLA_CACHE})
+        if cache := xla_cache_path(request, chip):
+            variables.append({"name": "VLLM_XLA_CACHE_PATH", "value": f"{XLA_MOUNT}/{cache}"})
         return variables
     # A public model starts without the Secret; a gated one must not start half-way and fail at its first download.
     reference = {"name": HF_SECRET, "key": HF_SECRET_KEY, "optional": not facts.gated}
@@ -551,27 +639,38 @@ def _node_selector(chip: AcceleratorType, serving: ServingSpec) -> dict[str, str
     return {"cloud.google.com/gke-accelerator": chip.name}
 
 
-def _mount_bucket(deployment: KubernetesObject, uri: str, *, writable: bool) -> None:
+def _mount_weights(deployment: KubernetesObject, uri: str) -> None:
     """Add the tuned Cloud Storage FUSE volume to a rendered Deployment."""
     bucket, path = _bucket_of(uri)
+    options = [*FUSE_MOUNT_OPTIONS, *([f"only-dir:{path}"] if path else [])]
+    _mount(deployment, "model", MODEL_MOUNT, bucket, options, writable=False)
+    # The sidecar's file cache goes where it is fastest.
+    deployment["spec"]["template"]["spec"]["volumes"].append(
+        {"name": "gke-gcsfuse-cache", "emptyDir": {"medium": "Memory"}}
+    )
+
+
+def _mount_xla_cache(deployment: KubernetesObject, uri: str) -> None:
+    """Add the volume of compiled graphs: the whole bucket, because a folder can only be mounted once it exists."""
+    _mount(deployment, "xla-cache", XLA_MOUNT, _bucket_of(uri)[0], ["implicit-dirs"], writable=True)
+
+
+def _mount(
+    deployment: KubernetesObject, name: str, path: str, bucket: str, options: Sequence[str], *, writable: bool
+) -> None:
     template = deployment["spec"]["template"]
     # "0" lifts the sidecar's limits: a throttled sidecar loads at a fraction of the machine's speed.
-    limits = {f"gke-gcsfuse/{name}-limit": "0" for name in ("cpu", "memory", "ephemeral-storage")}
+    limits = {f"gke-gcsfuse/{each}-limit": "0" for each in ("cpu", "memory", "ephemeral-storage")}
     template["metadata"]["annotations"] = {
         **template["metadata"]["annotations"],
         "gke-gcsfuse/volumes": "true",
         **limits,
     }
-    options = [*FUSE_MOUNT_OPTIONS, *([f"only-dir:{path}"] if path else [])]
     attributes = {"bucketName": bucket, "mountOptions": ",".join(options), "skipCSIBucketAccessCheck": "true"}
-    spec = template["spec"]
-    spec["containers"][0]["volumeMounts"].append({"name": "model", "mountPath": MODEL_MOUNT, "readOnly": not writable})
     csi = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": not writable, "volumeAttributes": attributes}
-    spec["volumes"] += [
-        {"name": "model", "csi": csi},
-        # The sidecar's file cache goes where it is fastest.
-        {"name": "gke-gcsfuse-cache", "emptyDir": {"medium": "Memory"}},
-    ]
+    spec = template["spec"]
+    spec["containers"][0]["volumeMounts"].append({"name": name, "mountPath": path, "readOnly": not writable})
+    spec["volumes"].append({"name": name, "csi": csi})
 
 
 # --- Comments --------------------------------------------------------------------------------------------------------
@@ -591,18 +690,22 @@ def version_header(request: ManifestRequest, chip: AcceleratorType, on: date) ->
 def _comments(
     request: ManifestRequest,
     facts: ModelFacts,
+    chip: AcceleratorType,
+    serving: ServingSpec,
     sizing: Sizing,
     storage: StorageBackend,
     autoscaling: Autoscaling | None,
     grants: Sequence[BucketGrant],
-    *,
-    writes_cache: bool,
 ) -> tuple[str, ...]:
     name = deployment_name(request.model, request.model_server)
     sections = [
-        [f"{request.model}, optimised for {use_case_named(request.use_case).name}.", *sizing.arithmetic],
+        [
+            f"{request.model}, optimised for {use_case_named(request.use_case).name}.",
+            *_about_lengths(request),
+            *sizing.arithmetic,
+        ],
         _storage_comments(request, facts, storage, grants),
-        _xla_comments(name, request) if writes_cache else [],
+        _xla_comments(request, chip, serving, storage),
         _autoscaling_comments(request, autoscaling) if autoscaling else [],
         _llm_d_comments(name) if request.serving_stack is ServingStack.LLM_D else [],
         [
@@ -657,11 +760,30 @@ def _dotted(versions: dict[AcceleratorKind, tuple[int, int, int]]) -> str:
     return ", ".join(f"v{'.'.join(map(str, version))} on {kind.value.upper()}s" for kind, version in versions.items())
 
 
-def _xla_comments(name: str, request: ManifestRequest) -> list[str]:
+def _xla_comments(
+    request: ManifestRequest, chip: AcceleratorType, serving: ServingSpec, storage: StorageBackend
+) -> list[str]:
+    if chip.kind is not AcceleratorKind.TPU:
+        return []
+    first_min = TPU_ENGINE_START_S / 60
+    lines = [f"The first start on a TPU compiles one XLA graph for each shape: up to {first_min:.0f} minutes."]
+    cache = xla_cache_path(request, chip)
+    if cache is None and storage is not StorageBackend.HUB:
+        return [
+            *lines,
+            "The weights are at the root of their bucket, where nothing is beside them: every replica compiles for",
+            "itself. With --model-bucket-uri=gs://BUCKET/PATH replicas share a cache, and start in 5 minutes.",
+        ]
+    if cache is None:
+        return [*lines, "Every replica compiles for itself: with --model-bucket-uri they share a cache."]
+    name = serving.name
     return [
-        f"Replicas on TPUs share the XLA cache {XLA_CACHE}, and must not write it at the same time. Either let one",
+        *lines,
+        f"Replicas share its cache, gs://{_bucket_of(str(request.model_bucket_uri))[0]}/{cache}, and must not write it"
+        " at the same time. Either let one",
         "replica become ready, and then add the others:",
-        f"kubectl wait --for=condition=Available --timeout=1800s --namespace={request.namespace} deployment/{name}",
+        f"kubectl wait --for=condition=Available --timeout={serving.ready_timeout_s:.0f}s"
+        f" --namespace={request.namespace} deployment/{name}",
         f"kubectl scale --replicas=N --namespace={request.namespace} deployment/{name}",
         "or remove VLLM_XLA_CACHE_PATH: simpler, and every replica compiles for itself.",
     ]
@@ -673,10 +795,22 @@ def _autoscaling_comments(request: ManifestRequest, autoscaling: Autoscaling) ->
         lines += [
             f"The autoscaler reads it through the Custom Metrics Stackdriver Adapter ({ADAPTER_DOCS}):",
             f"kubectl apply -f {ADAPTER_MANIFEST}",
+            "The adapter's own service account must be allowed to read metrics (the same page, Workload Identity):",
+            _adapter_grant(request),
         ]
     else:
         lines.append("The autoscaler reads it through prometheus-adapter, which must export this metric for pods.")
     return [*lines, "kubectl get apiservice v1beta1.custom.metrics.k8s.io    # must be True"]
+
+
+def _adapter_grant(request: ManifestRequest) -> str:
+    project = request.project or "PROJECT_ID"
+    member = request.universe.workload_identity_principal(
+        project, request.project_number or "PROJECT_NUMBER", ADAPTER_NAMESPACE, ADAPTER_SERVICE_ACCOUNT
+    )
+    return (
+        f'gcloud projects add-iam-policy-binding {project} --role={ADAPTER_ROLE} --member="{member}" --condition=None'
+    )
 
 
 def _llm_d_comments(name: str) -> list[str]:
@@ -684,8 +818,7 @@ def _llm_d_comments(name: str) -> list[str]:
         "llm-d: requests go through the Gateway to the pod that the endpoint picker chooses. The cluster needs the",
         "Gateway API (gcloud container clusters update $CLUSTER_NAME --gateway-api=standard), a proxy-only subnet in",
         "its region, and the inference extension's definitions:",
-        "kubectl apply -f https://github.com/kubernetes-sigs/gateway-api-inference-extension/releases/latest/download/"
-        "manifests.yaml",
+        f"kubectl apply -f {INFERENCE_EXTENSION_MANIFEST}",
         f"kubectl get gateway {name}-gateway -o jsonpath='{{.status.addresses[0].value}}'    # the endpoint's address",
     ]
 

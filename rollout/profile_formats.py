@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from enum import StrEnum
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rollout.accelerators import ACCELERATORS
-from rollout.cost import Price, PricingModel, token_cost
+from rollout.cost import DEFAULT_OUTPUT_TO_INPUT_RATIO, Price, PricingModel, token_cost
 from rollout.errors import BadInput
 from rollout.profiles import (
     BENCHMARK_COLUMNS,
@@ -30,7 +30,7 @@ from rollout.profiles import (
     Source,
     UseCase,
 )
-from rollout.recommend import Recommendation
+from rollout.recommend import Loser, Recommendation
 
 LIST_COLUMNS = (*PROFILE_COLUMNS, *OUR_COLUMNS)
 BENCHMARK_LIST_COLUMNS = (*BENCHMARK_COLUMNS, *OUR_BENCHMARK_COLUMNS)
@@ -139,18 +139,48 @@ def render_use_cases(found: Sequence[UseCase], form: Format) -> str:
 
 
 def render_list(found: ProfileList, form: Format, columns: Sequence[Column] = LIST_COLUMNS) -> str:
-    """Rows, and in a table also predictions beside measurements and the notes."""
-    text = render_rows(found.rows, columns, form)
-    if form is not Format.TABLE:
-        return text
-    compared = render_gaps(found.gaps)
-    notes = "".join(f"Note: {note}\n" for note in found.notes)
-    return "\n".join(part for part in (text if found.rows else "", compared, notes) if part)
+    """Rows, and predictions beside measurements: below a table, in JSON and YAML as `gaps` of the prediction.
+
+    A CSV is gcloud's, and holds the rows alone. The notes are the caller's to show (`render_notes`): no format has a
+    place for them that a program would not trip over.
+    """
+    if form is Format.CSV:
+        return render_rows(found.rows, columns, form)
+    if form is Format.TABLE:
+        text = render_rows(found.rows, columns, form) if found.rows else ""
+        return "\n".join(part for part in (text, render_gaps(found.gaps)) if part)
+    return render_data(
+        [
+            {column.key: column.value(row) for column in columns} | {"gaps": _gaps_of(row.profile, found.gaps)}
+            for row in found.rows
+        ],
+        form,
+    )
+
+
+def _gaps_of(prediction: Profile, gaps: Sequence[Gap]) -> list[dict[str, object]]:
+    return [
+        {
+            "figure": label,
+            "predicted": predicted,
+            "measured": measured,
+            "difference": round(share, 4),
+            "measurement": _named(gap.measurement),
+        }
+        for gap in gaps
+        if gap.prediction == prediction
+        for label, predicted, measured, share in gap.differences()
+    ]
+
+
+def render_notes(notes: Iterable[str]) -> str:
+    """A line for each note, without repetitions; empty without any."""
+    return "".join(f"Note: {note}\n" for note in dict.fromkeys(notes))
 
 
 def render_recommendation(found: Recommendation, form: Format) -> str:
-    """Options, best first; in a table also the losers with their reasons."""
-    rows: list[Mapping[str, object]] = [
+    """Options, best first, then the losers with their reasons: below a table, elsewhere as rows without a rank."""
+    rows: list[dict[str, object]] = [
         {
             "rank": rank,
             "model": each.profile.model,
@@ -168,16 +198,31 @@ def render_recommendation(found: Recommendation, form: Format) -> str:
         }
         for rank, each in enumerate(found.options, 1)
     ]
-    text = render_data(rows, form) if rows or form is not Format.TABLE else ""
     if form is not Format.TABLE:
-        return text
-    notes = [*found.notes, *(note for each in found.options for note in each.notes)]
+        return render_data([*({**row, "reason": None} for row in rows), *map(_loser_row, found.losers)], form)
+    for row in rows:
+        row["usd_per_hour"] = "no price" if row["usd_per_hour"] is None else row["usd_per_hour"]
     losers = "".join(
         f"Not chosen: {each.profile.model} on {each.profile.accelerator_count} x {each.profile.accelerator}"
         f" ({_named(each.profile)}): {each.reason}\n"
         for each in found.losers
     )
-    return "\n".join(part for part in (text, "".join(f"Note: {note}\n" for note in notes), losers) if part)
+    return "\n".join(part for part in (render_data(rows, form) if rows else "", losers) if part)
+
+
+def _loser_row(loser: Loser) -> dict[str, object]:
+    profile = loser.profile
+    unknown = ("replicas", "usd_per_hour", "usd_per_million_input_tokens", "usd_per_million_output_tokens")
+    figures = ("output_tokens_per_s", "ntpot_ms", "ttft_ms", "headroom")
+    return {
+        "rank": None,
+        "model": profile.model,
+        "accelerator": f"{profile.accelerator_count} x {profile.accelerator}",
+        **dict.fromkeys((*unknown, *figures)),
+        "source": profile.source.name,
+        "date": profile.source.as_of.isoformat() if profile.source.as_of else None,
+        "reason": loser.reason,
+    }
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
@@ -194,11 +239,11 @@ def _named(profile: Profile) -> str:
 _REQUIRED = ("Accelerator Type", "Model Name", "Model Server Name", "Output Tokens/s")
 
 
-def read_benchmarks_csv(text: str, *, name: str, pricing: PricingModel | None = None) -> tuple[Profile, ...]:
+def read_benchmarks_csv(text: str, *, name: str) -> tuple[Profile, ...]:
     """Profiles from the CSV of `benchmarks list`, ours or gcloud's: one for each server on each instance type.
 
-    `pricing` is the pricing model that the file was made with, since gcloud's CSV does not say. Raises BadInput with
-    the number of the line that cannot be read.
+    gcloud's CSV does not say with which pricing model it was made: those profiles state none. Raises BadInput with the
+    number of the line that cannot be read.
     """
     reader = csv.DictReader(io.StringIO(text))
     missing = [column for column in _REQUIRED if column not in (reader.fieldnames or ())]
@@ -214,7 +259,7 @@ def read_benchmarks_csv(text: str, *, name: str, pricing: PricingModel | None = 
             raise BadInput(f"line {number} does not have the header's columns.", where=name)
         row = {column: value.strip() for column, value in line.items()}
         groups.setdefault(tuple(row.get(column, "") for column in _IDENTITY), []).append(row | {"": str(number)})
-    return tuple(_profile_of(rows, name, pricing) for rows in groups.values())
+    return tuple(_profile_of(rows, name) for rows in groups.values())
 
 
 _IDENTITY = (
@@ -235,7 +280,7 @@ _POINT_COLUMNS = {
 }
 
 
-def _profile_of(rows: Sequence[Mapping[str, str]], name: str, pricing: PricingModel | None) -> Profile:
+def _profile_of(rows: Sequence[Mapping[str, str]], name: str) -> Profile:
     first = rows[0]
     instance, accelerator = first.get("Instance Type", ""), first["Accelerator Type"]
 
@@ -245,8 +290,6 @@ def _profile_of(rows: Sequence[Mapping[str, str]], name: str, pricing: PricingMo
 
     written, pricing_text, day = stated("Evidence"), stated("Pricing Model"), stated("Date")
     points = tuple(_point_of(row, name) for row in rows)
-    if not any(point.usd_per_million_output_tokens for point in points):
-        pricing = None  # without a cost there is nothing that it could be the pricing model of
     return Profile(
         model=first["Model Name"],
         model_server=first["Model Server Name"],
@@ -256,7 +299,7 @@ def _profile_of(rows: Sequence[Mapping[str, str]], name: str, pricing: PricingMo
         instance_type=instance,
         serving_stack=stated("Serving Stack"),
         use_case=stated("Use Case"),
-        pricing_model=pricing_named(pricing_text) if pricing_text else pricing,
+        pricing_model=pricing_named(pricing_text) if pricing_text else None,
         points=points,
         source=Source(
             name=stated("Source") or name,
@@ -295,13 +338,18 @@ def read_inference_perf(
     accelerator: str,
     accelerator_count: int = 1,
     price: Price | None = None,
+    pricing_model: PricingModel = PricingModel.ON_DEMAND,
+    output_to_input_ratio: float = DEFAULT_OUTPUT_TO_INPUT_RATIO,
 ) -> Profile:
     """A profile from inference-perf's stage reports (file name -> content), each one load point.
 
-    The reports name neither model nor accelerator. Raises BadInput for a report without successful requests, which
-    would have no latency.
+    The reports name neither model nor accelerator; `pricing_model` is that of `price`. Raises BadInput for a report
+    without successful requests, which would have no latency.
     """
-    points = [_inference_perf_point(report, file, accelerator_count, price) for file, report in reports.items()]
+    points = [
+        _inference_perf_point(report, file, accelerator_count, price, output_to_input_ratio)
+        for file, report in reports.items()
+    ]
     if not points:
         raise BadInput(
             "no stage report.", where=name, resolution="inference-perf writes stage_<n>_lifecycle_metrics.json files."
@@ -311,12 +359,14 @@ def read_inference_perf(
         accelerator=accelerator,
         accelerator_count=accelerator_count,
         points=tuple(points),
-        pricing_model=PricingModel.ON_DEMAND if price else None,
+        pricing_model=pricing_model if price else None,
         source=Source(name=name, evidence=Evidence.MEASUREMENT),
     )
 
 
-def _inference_perf_point(report: Mapping[str, Any], file: str, gpus: int, price: Price | None) -> LoadPoint:
+def _inference_perf_point(
+    report: Mapping[str, Any], file: str, gpus: int, price: Price | None, ratio: float
+) -> LoadPoint:
     successes = report.get("successes") or {}
     throughput = successes.get("throughput") or {}
     latency = successes.get("latency") or {}
@@ -329,7 +379,11 @@ def _inference_perf_point(report: Mapping[str, Any], file: str, gpus: int, price
         return None if seconds is None else float(seconds) * 1e3
 
     inputs, outputs = float(throughput["input_tokens_per_sec"]), float(throughput["output_tokens_per_sec"])
-    cost = token_cost(price, gpus=gpus, input_tokens_per_s=inputs, output_tokens_per_s=outputs) if price else None
+    cost = None
+    if price is not None:
+        cost = token_cost(
+            price, gpus=gpus, input_tokens_per_s=inputs, output_tokens_per_s=outputs, output_to_input_ratio=ratio
+        )
     return LoadPoint(
         requests_per_s=float(throughput["requests_per_sec"]),
         output_tokens_per_s=outputs,

@@ -22,7 +22,7 @@ from pydantic import Field
 from rollout.accelerators import ACCELERATORS
 from rollout.benchmark import BenchmarkReport
 from rollout.cost import DEFAULT_OUTPUT_TO_INPUT_RATIO, Price, PricingModel, token_cost
-from rollout.errors import BadInput
+from rollout.errors import BadInput, RolloutError
 from rollout.stage import LatencyMetric, Percentile, Stage
 from rollout.values import Value
 from rollout.workload import WORKLOADS
@@ -120,6 +120,21 @@ USE_CASES: tuple[UseCase, ...] = (
     ),
 )
 """The six of the quickstart's table, with its token counts."""
+
+OTHER_USE_CASES: tuple[UseCase, ...] = (
+    UseCase(
+        name="Multi Agent Large Document Summarization",
+        input_tokens=None,
+        output_tokens=None,
+        description="The quickstart's example for llm-d; it does not state the lengths.",
+    ),
+    *(
+        UseCase(name=each.name, input_tokens=None, output_tokens=None, description=each.description, workload=each.name)
+        for each in WORKLOADS.values()
+        if each.name not in {use_case.workload for use_case in USE_CASES}
+    ),
+)
+"""Those that the quickstart names elsewhere, and our workloads that stand for none of the six."""
 
 
 class LoadPoint(Value):
@@ -223,6 +238,10 @@ class Profile(Value):
         return tuple(found)
 
     @property
+    def has_costs(self) -> bool:
+        return any(point.usd_per_million_output_tokens is not None for point in self.points)
+
+    @property
     def mean_lengths(self) -> tuple[float | None, float | None]:
         """Mean input and output tokens of a request; None where the source does not say."""
         point = self.saturation
@@ -273,6 +292,46 @@ def _between(low: LoadPoint, high: LoadPoint, share: float) -> LoadPoint:
             usd_per_s = first * slow + (last * fast - first * slow) * share
             values[name] = usd_per_s / (slow + (fast - slow) * share)
     return LoadPoint.model_validate(values)
+
+
+SHOWN_USD = 0.001
+"""gcloud prints costs with three decimals: a ratio that is read off two printed costs is known no better than that."""
+
+
+def at_ratio(profile: Profile, ratio: float) -> tuple[Profile, str | None]:
+    """The profile with its costs at another output-to-input cost ratio, and a note where that cannot be said.
+
+    A catalogue's answers and files hold costs without their price per hour. The ratio that they were computed with is
+    that of the two costs; the price follows from the tokens/s of both kinds. Without input tokens/s the costs of
+    another ratio are left out.
+    """
+    points, lost = [], None
+    for point in profile.points:
+        usd_in, usd_out = point.usd_per_million_input_tokens, point.usd_per_million_output_tokens
+        if not usd_in or not usd_out or _is_about(ratio, usd_out, usd_in):
+            points.append(point)
+            continue
+        costs: tuple[float | None, float | None] = (None, None)
+        if point.input_tokens_per_s is None:
+            lost = (
+                f"the costs of {profile.model} in {profile.source.name} are of an output-to-input ratio of about"
+                f" {usd_out / usd_in:.3g}: without input tokens/s they cannot be had at {ratio:g}, and are left out"
+            )
+        else:
+            usd_per_s = (usd_in * point.input_tokens_per_s + usd_out * point.output_tokens_per_s) / 1e6
+            output = usd_per_s / (point.input_tokens_per_s / ratio + point.output_tokens_per_s) * 1e6
+            costs = (output / ratio, output)
+        points.append(
+            point.model_copy(
+                update={"usd_per_million_input_tokens": costs[0], "usd_per_million_output_tokens": costs[1]}
+            )
+        )
+    return profile.model_copy(update={"points": tuple(points)}), lost
+
+
+def _is_about(ratio: float, usd_out: float, usd_in: float) -> bool:
+    half = SHOWN_USD / 2
+    return (usd_out - half) / (usd_in + half) <= ratio <= (usd_out + half) / max(usd_in - half, 1e-9)
 
 
 # --- From our own measurements ---------------------------------------------------------------------------------------
@@ -337,34 +396,31 @@ def use_case_of(workload: str) -> str:
 
 def use_cases(profiles: Iterable[Profile] = ()) -> tuple[UseCase, ...]:
     """The quickstart's six, and what else the profiles were measured with."""
-    known = {each.name for each in USE_CASES}
-    others = sorted({p.use_case for p in profiles if p.use_case} - known)
-    found = []
-    for name in others:
-        workload = WORKLOADS.get(name)
-        description = workload.description if workload else "Measured by the source."
-        found.append(
-            UseCase(
-                name=name,
-                input_tokens=None,
-                output_tokens=None,
-                description=description,
-                workload=name if workload else "",
-            )
-        )
-    return (*USE_CASES, *found)
+    offered = {profile.use_case for profile in profiles if profile.use_case}
+    return (
+        *USE_CASES,
+        *(use_case_named(name, offered) for name in sorted(offered - {each.name for each in USE_CASES})),
+    )
 
 
-def use_case_named(name: str) -> UseCase:
-    """By name, in any case, with or without `(ShareGPT)`; BadInput lists the known ones."""
+def use_case_named(name: str, offered: Iterable[str] = ()) -> UseCase:
+    """By name, in any case, with or without `(ShareGPT)`; `offered` are the names that profiles at hand bring along.
+
+    BadInput lists the known ones.
+    """
     wanted = name.casefold().removesuffix("(sharegpt)").strip()
-    for each in USE_CASES:
+    known = (*USE_CASES, *OTHER_USE_CASES)
+    for each in known:
         if wanted in (each.name.casefold().removesuffix("(sharegpt)").strip(), each.workload):
             return each
+    own = sorted(set(offered) - {each.name for each in known})
+    for each_own in own:
+        if each_own.casefold() == name.casefold().strip():
+            return UseCase(name=each_own, input_tokens=None, output_tokens=None, description="Measured by the source.")
     raise BadInput(
         f"there is no use case {name!r}.",
         where="--use-case",
-        resolution=f"Known are {', '.join(each.name for each in USE_CASES)}.",
+        resolution=f"Known are {', '.join((*(each.name for each in known), *own))}.",
     )
 
 
@@ -430,7 +486,11 @@ class ProfileQuery(Value):
     model_server: str | None = None
     model_server_version: str | None = None
     accelerator: str | None = None
+    accelerator_count: Annotated[int, Field(ge=1)] | None = None
+    """Of one replica."""
     instance_type: str | None = None
+    usd_per_accelerator_hour: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """What the asker pays for one accelerator with its share of the machine, by accelerator; before any list price."""
     pricing_model: PricingModel = PricingModel.ON_DEMAND
     """Google's API assumes spot where it is told nothing, so it is always told."""
     output_to_input_ratio: Annotated[float, Field(gt=0)] = DEFAULT_OUTPUT_TO_INPUT_RATIO
@@ -507,26 +567,42 @@ class StaticSource:
 
 
 def ask(sources: Sequence[ProfileSource], query: ProfileQuery, *, every_point: bool = False) -> ProfileAnswer:
-    """The answers of all sources together. A source that cannot filter so is left out with a note.
+    """The answers of all sources together. A source that fails, or cannot filter so, is left out with a note.
 
-    Raises UnsupportedFilter if that leaves no source.
+    Raises its error if the others know no profile at all: then the error is the answer.
     """
     answers: list[ProfileAnswer] = []
-    refusals: list[UnsupportedFilter] = []
+    errors: list[RolloutError] = []
     for source in sources:
         try:
             answers.append(source.benchmarks(query) if every_point else source.profiles(query))
-        except UnsupportedFilter as refusal:
-            refusals.append(refusal)
-    if refusals and not any(answer.profiles for answer in answers):
-        raise refusals[0]
+        except RolloutError as error:
+            errors.append(error)
+    if errors and not any(answer.profiles for answer in answers):
+        raise errors[0]
     notes = [note for answer in answers for note in answer.notes]
-    notes += [f"left out: {refusal}" for refusal in refusals]
+    notes += [f"left out: {error}" for error in errors]
     return ProfileAnswer(
         profiles=tuple(dict.fromkeys(profile for answer in answers for profile in answer.profiles)),
         notes=tuple(dict.fromkeys(notes)),
         ranges=tuple(each for answer in answers for each in answer.ranges),
     )
+
+
+def ask_names(
+    sources: Sequence[ProfileSource], question: Callable[[ProfileSource], Sequence[str]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the sources list (models, servers, versions), sorted, and notes about those that failed; as `ask`."""
+    names: set[str] = set()
+    errors: list[RolloutError] = []
+    for source in sources:
+        try:
+            names.update(question(source))
+        except RolloutError as error:
+            errors.append(error)
+    if errors and not names:
+        raise errors[0]
+    return tuple(sorted(names)), tuple(f"left out: {error}" for error in errors)
 
 
 class Row(Value):
@@ -584,6 +660,9 @@ def select(answer: ProfileAnswer, query: ProfileQuery, *, every_point: bool = Fa
     Where the targets leave nothing, a note says which latencies are possible.
     """
     notes = list(answer.notes)
+    if query.use_case:
+        offered = [profile.use_case for profile in answer.profiles if profile.use_case]
+        query = query.model_copy(update={"use_case": use_case_named(query.use_case, offered).name})
     matching = [profile for profile in answer.profiles if _matches(profile, query, notes)]
     rows: list[Row] = []
     for profile in matching:
@@ -593,10 +672,14 @@ def select(answer: ProfileAnswer, query: ProfileQuery, *, every_point: bool = Fa
             points = [profile.operating_point(query.targets)]
         rows += [Row(profile=profile, point=p) for p in points if p is not None and _is_affordable(p, query)]
     if matching and not rows:
-        notes.append(_why_nothing(matching, query))
+        notes.append(_why_nothing(matching, query, answer.ranges))
+    elif not matching and _are_below(query.targets, answer.ranges):
+        # Such a source answers with the range and without profiles.
+        notes.append(_too_low(answer.ranges))
     elif not matching:
         known = sorted({profile.model for profile in answer.profiles})
         notes.append(f"no profile matches; the sources know {', '.join(known) or 'no model'}")
+    notes += [_without_price(profile) for profile in matching if _lacks_price(profile)]
     for key in reversed(query.sort_by if not every_point else ()):
         rows = _sorted(rows, key)
     return ProfileList(rows=tuple(rows[: query.limit]), gaps=gaps(matching), notes=tuple(dict.fromkeys(notes)))
@@ -621,12 +704,24 @@ def gaps(profiles: Sequence[Profile]) -> tuple[Gap, ...]:
     return tuple(found)
 
 
-def best_curve(profiles: Iterable[Profile]) -> Profile | None:
-    """The curve to derive a threshold from: the youngest measurement, else the prediction with the most load points."""
+def best_curve(
+    profiles: Iterable[Profile], *, accelerator_count: int | None = None, use_case: str | None = None
+) -> Profile | None:
+    """The curve to derive a threshold from: the youngest measurement, else the prediction with the most load points.
+
+    Curves of another number of accelerators, or measured with another use case, say nothing about this replica. One
+    whose source does not state the use case counts where no other one is known.
+    """
     return max(
-        profiles,
+        (
+            each
+            for each in profiles
+            if accelerator_count in (None, each.accelerator_count)
+            and each.use_case in (None, use_case or each.use_case)
+        ),
         key=lambda each: (
             each.source.evidence is Evidence.MEASUREMENT,
+            each.use_case is not None,
             each.source.as_of or date.min,
             len(each.points),
         ),
@@ -636,8 +731,12 @@ def best_curve(profiles: Iterable[Profile]) -> Profile | None:
 
 def possible_ranges(profiles: Sequence[Profile]) -> tuple[LatencyRange, ...]:
     """The latencies that any of the profiles offers."""
+    return _merged(each for profile in profiles for each in profile.ranges)
+
+
+def _merged(ranges: Iterable[LatencyRange]) -> tuple[LatencyRange, ...]:
     found: dict[str, LatencyRange] = {}
-    for each in (each for profile in profiles for each in profile.ranges):
+    for each in ranges:
         known = found.get(each.metric, each)
         found[each.metric] = LatencyRange(
             metric=each.metric,
@@ -652,11 +751,12 @@ def _matches(profile: Profile, query: ProfileQuery, notes: list[str]) -> bool:
         "model": query.model,
         "model_server": query.model_server,
         "accelerator": query.accelerator,
+        "accelerator_count": query.accelerator_count,
         "instance_type": query.instance_type,
         "model_server_version": None if query.model_server_version == "all" else query.model_server_version,
         "serving_stack": query.serving_stack,
         "serving_stack_version": query.serving_stack_version,
-        "use_case": use_case_named(query.use_case).name if query.use_case else None,
+        "use_case": query.use_case,
     }
     for name, wanted in exact.items():
         value = getattr(profile, name)
@@ -692,15 +792,35 @@ def _is_affordable(point: LoadPoint, query: ProfileQuery) -> bool:
     return all(limit is None or (cost is not None and cost <= limit) for limit, cost in limits)
 
 
-def _why_nothing(profiles: Sequence[Profile], query: ProfileQuery) -> str:
+def _why_nothing(profiles: Sequence[Profile], query: ProfileQuery, stated: Sequence[LatencyRange]) -> str:
     within = [profile for profile in profiles if profile.operating_point(query.targets) is not None]
     if within:
         costs = [p.saturation.usd_per_million_output_tokens for p in within]
         cheapest = min((cost for cost in costs if cost is not None), default=None)
         least = "unknown: no price" if cheapest is None else f"{cheapest:.3f} USD per million output tokens"
         return f"no profile is that cheap; the lowest cost is {least}"
-    ranges = "; ".join(map(str, possible_ranges(profiles)))
+    return _too_low((*possible_ranges(profiles), *stated))
+
+
+def _too_low(observed: Iterable[LatencyRange]) -> str:
+    ranges = "; ".join(map(str, _merged(observed)))
     return f"no recommendation: the latency target is too low. Choose one within what was observed: {ranges}"
+
+
+def _are_below(targets: Targets, observed: Sequence[LatencyRange]) -> bool:
+    lowest = {each.metric: each.lowest_ms for each in _merged(observed)}
+    return any(limit < lowest.get(name[:-3].upper(), 0.0) for name, limit in targets.given().items())
+
+
+def _lacks_price(profile: Profile) -> bool:
+    """Whether a price alone is missing for its costs."""
+    point = profile.saturation
+    return point.usd_per_million_output_tokens is None and point.input_tokens_per_s is not None
+
+
+def _without_price(profile: Profile) -> str:
+    name = profile.accelerator
+    return f"no price of {name} is known, so its costs are missing: give --usd-per-accelerator-hour {name}=USD"
 
 
 def _sorted(rows: Sequence[Row], key: str) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from rollout.cost import DEFAULT_OUTPUT_TO_INPUT_RATIO, Price, PricingModel, token_cost
+from rollout.cost import DEFAULT_OUTPUT_TO_INPUT_RATIO, Price, PricingModel, default_region, token_cost
 from rollout.curve import TARGET_UTILISATION
 from rollout.profiles import LoadPoint, Profile, Targets, possible_ranges, use_case_named
 from rollout.values import Value
@@ -33,6 +33,8 @@ class Requirements(Value):
     accelerators: tuple[str, ...] = ()
     """Only these; empty: any."""
     pricing_model: PricingModel = PricingModel.ON_DEMAND
+    region: str | None = None
+    """Where the prices count; None: where the quickstart takes its own."""
     max_usd_per_hour: Annotated[float, Field(gt=0)] | None = None
     max_usd_per_million_output_tokens: Annotated[float, Field(gt=0)] | None = None
     output_to_input_ratio: Annotated[float, Field(gt=0)] = DEFAULT_OUTPUT_TO_INPUT_RATIO
@@ -77,6 +79,11 @@ class Recommendation(Value):
     notes: tuple[str, ...] = ()
 
     @property
+    def all_notes(self) -> tuple[str, ...]:
+        """Those of the options too."""
+        return tuple(dict.fromkeys((*self.notes, *(note for option in self.options for note in option.notes))))
+
+    @property
     def best(self) -> Option | None:
         return self.options[0] if self.options else None
 
@@ -87,6 +94,10 @@ def recommend(profiles: Sequence[Profile], requirements: Requirements, price_of:
     A target below the lowest observed latency leaves no option, and the note says the range that is possible; a target
     above the highest means maximum throughput.
     """
+    if requirements.use_case is not None:
+        offered = [profile.use_case for profile in profiles if profile.use_case]
+        use_case = use_case_named(requirements.use_case, offered).name
+        requirements = requirements.model_copy(update={"use_case": use_case})
     options: list[Option] = []
     losers: list[Loser] = []
     for profile in profiles:
@@ -117,7 +128,7 @@ def _consider(profile: Profile, wanted: Requirements, price: Price | None) -> Op
     replicas = _replicas(point, wanted)
     if replicas is None:
         return "its source does not state requests/s: state the demand in output tokens/s"
-    usd_input, usd_output = _token_costs(profile, point, price, wanted.output_to_input_ratio)
+    usd_input, usd_output = _token_costs(profile, point, price, wanted)
     per_hour = None if price is None else replicas * profile.accelerator_count * price.usd_per_gpu_hour
     too_dear = _too_dear(per_hour, usd_output, wanted)
     if too_dear is not None:
@@ -130,7 +141,7 @@ def _consider(profile: Profile, wanted: Requirements, price: Price | None) -> Op
         usd_per_million_input_tokens=usd_input,
         usd_per_million_output_tokens=usd_output,
         headroom=_headroom(point, replicas, wanted),
-        notes=tuple(_notes(profile, wanted.targets)),
+        notes=(*_notes(profile, wanted.targets), *_price_notes(profile, point, price, usd_output)),
     )
 
 
@@ -140,10 +151,9 @@ def _wrong_kind(profile: Profile, wanted: Requirements) -> str | None:
     if wanted.accelerators and profile.accelerator not in wanted.accelerators:
         return f"it runs on {profile.accelerator}"
     if wanted.use_case is not None:
-        use_case = use_case_named(wanted.use_case).name
         if profile.use_case is None:
             return "its source does not state the use case"
-        if profile.use_case != use_case:
+        if profile.use_case != wanted.use_case:
             return f"it was measured with {profile.use_case}"
     return None
 
@@ -181,8 +191,11 @@ def _headroom(point: LoadPoint, replicas: int, wanted: Requirements) -> float:
 
 
 def _token_costs(
-    profile: Profile, point: LoadPoint, price: Price | None, ratio: float
+    profile: Profile, point: LoadPoint, price: Price | None, wanted: Requirements
 ) -> tuple[float | None, float | None]:
+    if price is not None and point.input_tokens_per_s is None and not _is_the_sources_price(profile, price, wanted):
+        # The source's cost of a token is of another price per hour: the two must not stand in one line.
+        return None, None
     if price is None or point.input_tokens_per_s is None:
         return point.usd_per_million_input_tokens, point.usd_per_million_output_tokens
     cost = token_cost(
@@ -190,9 +203,28 @@ def _token_costs(
         gpus=profile.accelerator_count,
         input_tokens_per_s=point.input_tokens_per_s,
         output_tokens_per_s=point.output_tokens_per_s,
-        output_to_input_ratio=ratio,
+        output_to_input_ratio=wanted.output_to_input_ratio,
     )
     return cost.usd_per_million_input_tokens, cost.usd_per_million_output_tokens
+
+
+def _is_the_sources_price(profile: Profile, price: Price, wanted: Requirements) -> bool:
+    """Whether a catalogue's costs rest on about this price: a list price where the quickstart takes its own."""
+    return price.as_of is not None and wanted.region in (None, default_region(profile.accelerator))
+
+
+def _price_notes(profile: Profile, point: LoadPoint, price: Price | None, usd_output: float | None) -> list[str]:
+    name = profile.accelerator
+    if price is None:
+        return [f"no price of {name} is known: give --usd-per-accelerator-hour {name}=USD"]
+    theirs = point.usd_per_million_output_tokens
+    if usd_output is None and theirs is not None:
+        return [
+            f"{profile.source.name} states no input tokens/s of {profile.model} on {name}, so what a token costs at"
+            f" {price.usd_per_gpu_hour:.2f} USD/hour is not known; at its own price it is {theirs:.3f} USD per million"
+            " output tokens"
+        ]
+    return []
 
 
 def _too_dear(per_hour: float | None, usd_output: float | None, wanted: Requirements) -> str | None:

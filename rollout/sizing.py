@@ -61,7 +61,7 @@ def size_serving(
             resolution="Choose another --use-case or model.",
         )
     counts = _counts(facts, accelerator, count)
-    for flags in _quantisations(accelerator):
+    for flags in _quantisations(accelerator, facts):
         for gpus in counts:
             sizing = _fitting(facts, shape, accelerator, gpus, flags, tokens_per_request)
             if sizing is not None:
@@ -92,11 +92,12 @@ def _counts(facts: ModelFacts, accelerator: AcceleratorType, count: int | None) 
     return tuple(each for each in (1, 2, 4, 8, 16) if each <= accelerator.counts[-1] and heads % each == 0)
 
 
-def _quantisations(accelerator: AcceleratorType) -> Iterator[tuple[str, ...]]:
+def _quantisations(accelerator: AcceleratorType, facts: ModelFacts) -> Iterator[tuple[str, ...]]:
     yield ()
-    if accelerator.has_fp8:
+    if accelerator.has_fp8 and facts.allows_fp8_kv_cache:
         yield (FP8_FLAGS[1],)
-        yield FP8_FLAGS
+        if not facts.is_quantised:
+            yield FP8_FLAGS
 
 
 def _fitting(

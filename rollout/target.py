@@ -106,7 +106,7 @@ class Target(Value):
     hub_token_secret: str | None = None
     """Name of the Prefect Secret block that holds the Hugging Face token; None for public models."""
     gpu_usd_per_hour: Annotated[float, Field(gt=0)] | None = None
-    """Price of one GPU with its share of the machine, if the price table has no row for the region."""
+    """On-demand price of one GPU with its share of the machine; before the price table's, which may have no row."""
     endpoints: Endpoints = Endpoints()
 
     @property

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
 import requests
 
 from sandbox.models import tiny_model
@@ -47,6 +48,14 @@ def checkpoint(folder: Path, *, gemma: bool = False, context_window: int = 8192)
     thinking = "{{ enable_thinking }}" if gemma else ""
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}" + thinking)
     return model
+
+
+def real_vllm_python() -> Path:
+    """The python of real vLLM's venv; skips the test where there is none."""
+    python = Path(os.environ.get("LLM_ROLLOUT_VLLM_PYTHON") or REPOSITORY / ".venv-vllm" / "bin" / "python")
+    if not (python.parent.parent / ".complete").is_file():
+        pytest.skip(f"no venv of real vLLM at {python}: make it with sandbox.engine.real_vllm.ensure_venv")
+    return python
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from rollout.benchmark import BenchmarkReport
 from rollout.clients.history import BucketHistory
 from rollout.clients.records import RecordStore
-from rollout.cost import Price, PricingModel, price_for
+from rollout.cost import Price, find_price
 from rollout.errors import BadInput
 from rollout.history import CurveRecord
-from rollout.profile_formats import read_benchmarks_csv, read_inference_perf
-from rollout.profiles import MeasuredOn, Profile, ProfileQuery, StaticSource, measured_profile
+from rollout.profile_formats import accelerators_of, read_benchmarks_csv, read_inference_perf
+from rollout.profiles import MeasuredOn, Profile, ProfileQuery, StaticSource, at_ratio, measured_profile
 from rollout.record import RolloutReport
 from rollout.target import Target
 
@@ -73,7 +73,11 @@ def benchmark_file(path: Path, query: ProfileQuery) -> StaticSource:
             return StaticSource(str(path), tuple(_profiles_of(json.loads(text), str(path), query, None)))
         except (ValueError, ValidationError) as error:
             raise BadInput(f"not a benchmark: {str(error).splitlines()[0]}", where=str(path)) from error
-    return StaticSource(str(path), read_benchmarks_csv(text, name=str(path), pricing=query.pricing_model))
+    found = [at_ratio(each, query.output_to_input_ratio) for each in read_benchmarks_csv(text, name=str(path))]
+    notes = [note for _, note in found if note]
+    if any(profile.pricing_model is None and profile.has_costs for profile, _ in found):
+        notes.append(f"{path} does not state the pricing model of its costs: they are shown as they stand there")
+    return StaticSource(str(path), [profile for profile, _ in found], notes)
 
 
 def _inference_perf(folder: Path, query: ProfileQuery) -> Profile:
@@ -89,7 +93,10 @@ def _inference_perf(folder: Path, query: ProfileQuery) -> Profile:
         name=str(folder),
         model=query.model,
         accelerator=query.accelerator,
-        price=_list_price(query.accelerator, None, query.pricing_model),
+        accelerator_count=query.accelerator_count or accelerators_of(query.instance_type or "", query.accelerator),
+        price=_price(query.accelerator, query),
+        pricing_model=query.pricing_model,
+        output_to_input_ratio=query.output_to_input_ratio,
     )
 
 
@@ -98,7 +105,7 @@ def _profiles_of(data: Mapping[str, Any], name: str, query: ProfileQuery, region
         yield from _of_record(RolloutReport.model_validate(data), name, query)
         return
     report = CurveRecord.model_validate(data).report if "report" in data else BenchmarkReport.model_validate(data)
-    price = _list_price(report.environment.accelerator, region, query.pricing_model)
+    price = _price(report.environment.accelerator, query, region)
     on = MeasuredOn(name=name, price=price, pricing_model=query.pricing_model)
     yield measured_profile(report, on, output_to_input_ratio=query.output_to_input_ratio)
 
@@ -107,15 +114,7 @@ def _of_record(report: RolloutReport, name: str, query: ProfileQuery) -> Iterato
     if report.benchmark is None or report.plan is None:
         return
     serving, target = report.plan.serving, report.plan.target
-    try:
-        price: Price | None = price_for(
-            serving.accelerator.type,
-            target.region,
-            query.pricing_model,
-            own_usd_per_gpu_hour=target.gpu_usd_per_hour,
-        )
-    except BadInput:
-        price = None
+    price = _price(serving.accelerator.type, query, target.region, own_usd_per_gpu_hour=target.gpu_usd_per_hour)
     on = MeasuredOn(
         name=name,
         instance_type=serving.accelerator.machine_type,
@@ -127,16 +126,16 @@ def _of_record(report: RolloutReport, name: str, query: ProfileQuery) -> Iterato
     yield profile.model_copy(update={"model": report.plan.model.repo_id})
 
 
-def _list_price(accelerator: str, region: str | None, pricing: PricingModel) -> Price | None:
-    try:
-        return price_for(accelerator, region or default_region(accelerator), pricing)
-    except BadInput:
-        return None
-
-
-def default_region(accelerator: str) -> str:
-    """The quickstart's region of prices: us-east5, and us-central1 for A3 machines."""
-    return "us-central1" if accelerator.startswith(("nvidia-h100", "nvidia-h200")) else "us-east5"
+def _price(
+    accelerator: str, query: ProfileQuery, region: str | None = None, *, own_usd_per_gpu_hour: float | None = None
+) -> Price | None:
+    return find_price(
+        accelerator,
+        region,
+        query.pricing_model,
+        own_usd_per_gpu_hour=own_usd_per_gpu_hour,
+        stated=query.usd_per_accelerator_hour,
+    )
 
 
 def _distinct(profiles: Iterable[Profile]) -> tuple[Profile, ...]:

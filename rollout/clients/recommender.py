@@ -27,6 +27,7 @@ from rollout.profiles import (
     Source,
     Targets,
     UnsupportedFilter,
+    at_ratio,
 )
 from rollout.report import utc_now
 from rollout.target import Target
@@ -131,7 +132,15 @@ class Recommender:
         )
         with self._errors("benchmark data"):
             answer = self._client.fetch_benchmarking_data(request=request, timeout=REQUEST_TIMEOUT_S)
-        return ProfileAnswer(profiles=tuple(self._read(p, query) for p in answer.profile if p.performance_stats))
+        # The request has no field for the cost ratio: Google answers with its own.
+        found = [
+            at_ratio(self._read(each, query), query.output_to_input_ratio)
+            for each in answer.profile
+            if each.performance_stats
+        ]
+        return ProfileAnswer(
+            profiles=tuple(profile for profile, _ in found), notes=tuple(note for _, note in found if note)
+        )
 
     def manifests(
         self,

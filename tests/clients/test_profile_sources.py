@@ -127,6 +127,36 @@ def test_a_single_benchmark_is_a_source(tmp_path: Path) -> None:
     assert benchmark_file(path, EVERYTHING).models() == ["served-name"]
 
 
+GCLOUD_CSV = (
+    "Instance Type,Accelerator Type,Model Name,Model Server Name,Output Tokens/s,Cost/M Input Tokens,"
+    "Cost/M Output Tokens\na3-highgpu-1g,nvidia-h100-80gb,a/b,vllm,1000,0.300,1.200\n"
+)
+
+
+def test_a_files_costs_are_neither_relabelled_nor_taken_for_those_of_another_ratio(tmp_path: Path) -> None:
+    path = tmp_path / "saved.csv"
+    path.write_text(GCLOUD_CSV)
+    spot = ProfileQuery(pricing_model=PricingModel.SPOT)
+
+    (found,) = benchmark_file(path, spot).profiles(spot).profiles
+    other = benchmark_file(path, ProfileQuery(output_to_input_ratio=8)).profiles(EVERYTHING)
+
+    assert (found.pricing_model, found.saturation.usd_per_million_output_tokens) == (None, 1.2)
+    assert "does not state the pricing model" in benchmark_file(path, spot).profiles(spot).notes[0]
+    assert other.profiles[0].saturation.usd_per_million_output_tokens is None
+    assert "ratio of about 4" in other.notes[0]
+
+
+def test_what_the_asker_pays_is_what_our_tokens_cost(tmp_path: Path) -> None:
+    keep(FolderHistory(tmp_path / "history"), CurveRecord(report=benchmark("nvidia-b200")))
+    query = ProfileQuery(usd_per_accelerator_hour={"nvidia-b200": 7.2})
+
+    unpriced, priced = (local_history(tmp_path, each).profiles(each).profiles[0] for each in (EVERYTHING, query))
+
+    assert not unpriced.has_costs
+    assert priced.has_costs
+
+
 @pytest.mark.parametrize(("name", "text"), [("x.json", "{"), ("x.json", '{"a": 1}'), ("x.csv", "a,b\n")])
 def test_a_file_that_is_no_benchmark_is_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)

@@ -129,6 +129,16 @@ def test_benchmark_data_holds_every_load_point(recommender: Recommender) -> None
     assert profile.accelerator_count == 2
 
 
+def test_benchmark_data_of_another_cost_ratio_comes_without_costs_and_says_so(recommender: Recommender) -> None:
+    asked = {"model": "openai/gpt-oss-120b", "model_server": "vllm"}
+
+    usual, other = (recommender.benchmarks(ProfileQuery(**asked, output_to_input_ratio=ratio)) for ratio in (4, 8))
+
+    assert (usual.profiles[0].has_costs, usual.notes) == (True, ())
+    assert not other.profiles[0].has_costs
+    assert "output-to-input ratio of about 4" in other.notes[0]
+
+
 def test_benchmark_data_needs_a_model_and_a_server(recommender: Recommender) -> None:
     with pytest.raises(BadInput, match="--model-server"):
         recommender.benchmarks(ProfileQuery(model=GPT_OSS))

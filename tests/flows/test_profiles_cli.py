@@ -45,19 +45,21 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profiles:
 def history(tmp_path: Path) -> Path:
     """Two sweeps of ours, kept as the product keeps them."""
     folder = tmp_path / "out" / "history"
-    for capacity, accelerator, count in ((10.0, "nvidia-l4", 4), (40.0, "nvidia-h100-80gb", 1)):
-        spec = BenchmarkSpec(workload=WORKLOADS["chatbot"])
-        report = benchmark_report(
-            spec,
-            Environment(
-                model=MODEL, image="vllm/vllm-openai:v0.32.0", accelerator=accelerator, accelerator_count=count
-            ),
-            QueueServer(capacity_per_s=capacity).sweep(spec),
-            started_at=datetime(2026, 11, 20, tzinfo=UTC),
-            duration_s=60.0,
-        )
-        keep(FolderHistory(folder), CurveRecord(report=report))
+    kept_curve(folder, "chatbot", "nvidia-l4", 4, capacity_per_s=10.0)
+    kept_curve(folder, "chatbot", "nvidia-h100-80gb", 1, capacity_per_s=40.0)
     return folder
+
+
+def kept_curve(folder: Path, workload: str, accelerator: str, count: int, *, capacity_per_s: float = 10.0) -> None:
+    spec = BenchmarkSpec(workload=WORKLOADS[workload])
+    report = benchmark_report(
+        spec,
+        Environment(model=MODEL, image="vllm/vllm-openai:v0.32.0", accelerator=accelerator, accelerator_count=count),
+        QueueServer(capacity_per_s=capacity_per_s).sweep(spec),
+        started_at=datetime(2026, 11, 20, tzinfo=UTC),
+        duration_s=60.0,
+    )
+    keep(FolderHistory(folder), CurveRecord(report=report))
 
 
 @pytest.fixture
@@ -85,15 +87,15 @@ def test_our_own_measurements_are_listed_without_any_cloud(profiles: Profiles, h
     header, first, second = profiles("list").output.splitlines()
 
     assert header.startswith("Instance Type   Accelerator       Cost/M Input Tokens")
-    # The H100 has the lower cost per token; no list price of an L4 is known, so it comes last.
+    # The H100 has the lower cost per token: four times the throughput for less than three times the price.
     assert first.split()[:2] == ["a3-highgpu-1g", "nvidia-h100-80gb"]
-    assert second.split()[:4] == ["g2-standard-48", "nvidia-l4", "N/A", "N/A"]
+    assert second.split()[:2] == ["g2-standard-48", "nvidia-l4"]
     assert "2026-11-20" in first
 
 
 def test_names_are_listed_from_the_history(profiles: Profiles, history: Path) -> None:
     assert profiles("models", "list").output == f"Model\n{MODEL}\n"
-    assert json.loads(profiles("model-servers", "list", "--model", MODEL, "--format", "json").output) == [
+    assert json.loads(profiles("model-servers", "list", "--model", MODEL, "--format", "json").stdout) == [
         {"model_server": "vllm"}
     ]
     versions = profiles("model-server-versions", "list", "--model", MODEL, "--model-server", "vllm", "--format=csv")
@@ -102,7 +104,7 @@ def test_names_are_listed_from_the_history(profiles: Profiles, history: Path) ->
 
 def test_a_latency_target_changes_the_throughput(profiles: Profiles, history: Path) -> None:
     free, bound = (
-        json.loads(profiles("list", "--accelerator-type=nvidia-h100-80gb", "--format=json", *more).output)[0]
+        json.loads(profiles("list", "--accelerator-type=nvidia-h100-80gb", "--format=json", *more).stdout)[0]
         for more in ((), ("--target-ttft-milliseconds=55",))
     )
 
@@ -134,22 +136,51 @@ def test_inference_perfs_folder_is_a_source(profiles: Profiles, tmp_path: Path) 
     (folder / "stage_0_lifecycle_metrics.json").write_text(json.dumps(stage))
     asked = ("list", "--file", "reports", "--format=json", "--model=a/b")
 
-    (row,) = json.loads(profiles(*asked, "--accelerator-type=nvidia-h100-80gb").output)
+    (row,) = json.loads(profiles(*asked, "--accelerator-type=nvidia-h100-80gb").stdout)
 
     assert (row["model"], row["output_tokens_per_s"], row["source"]) == ("a/b", 200, "reports")
     with pytest.raises(BadInput, match="--accelerator-type"):
         profiles(*asked)
 
 
+def test_inference_perfs_costs_are_those_of_the_question(profiles: Profiles, tmp_path: Path) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    throughput = {"input_tokens_per_sec": 400, "output_tokens_per_sec": 200, "requests_per_sec": 2}
+    stage = {"successes": {"count": 9, "throughput": throughput, "latency": {}}}
+    (folder / "stage_0_lifecycle_metrics.json").write_text(json.dumps(stage))
+    asked = ("list", "--file", "reports", "--format=json", "--model=a/b", "--accelerator-type=nvidia-b200")
+
+    (row,) = json.loads(
+        profiles(
+            *(*asked, "--accelerator-count=2", "--usd-per-accelerator-hour=nvidia-b200=7.2", "--pricing-model=spot"),
+            "--output-input-cost-ratio=2",
+        ).stdout
+    )
+
+    assert (row["accelerator_count"], row["pricing_model"]) == (2, "spot")
+    # 2 x 0.002 USD/s over 400/2 + 200 weighted tokens/s.
+    assert row["usd_per_million_output_tokens"] == pytest.approx(0.004 / 400 * 1e6)
+    with pytest.raises(BadInput, match="not ACCELERATOR=USD"):
+        profiles(*asked, "--usd-per-accelerator-hour=nvidia-b200")
+
+
+def test_notes_go_to_stderr_in_every_format(profiles: Profiles, history: Path) -> None:
+    for form in ("table", "csv", "json", "yaml"):
+        result = profiles("list", "--target-ttft-milliseconds=1", "--format", form)
+        assert "no recommendation" in result.stderr
+        assert "no recommendation" not in result.stdout
+
+
 def test_the_six_use_cases_and_the_stacks_are_listed(profiles: Profiles) -> None:
-    use_cases = json.loads(profiles("use-cases", "list", "--format=json").output)
+    use_cases = json.loads(profiles("use-cases", "list", "--format=json").stdout)
 
     assert [each["ratio"] for each in use_cases] == ["32:1", "16:1", "8:1", "1:1", "1:4", "1:16"]
     assert profiles("serving-stacks", "list").output.split()[2:] == ["llm-d", "vllm"]
 
 
 def test_google_is_asked_when_there_is_a_target(profiles: Profiles, target: str) -> None:
-    rows = json.loads(profiles("list", "--target", target, "--model", MODEL, "--format=json").output)
+    rows = json.loads(profiles("list", "--target", target, "--model", MODEL, "--format=json").stdout)
 
     assert {row["source"] for row in rows} == {"gkerecommender.googleapis.com"}
     assert {row["model_server_version"] for row in rows} == {"v0.7.2", "v0.11.2"}
@@ -161,6 +192,39 @@ def test_googles_prediction_stands_beside_our_measurement(profiles: Profiles, hi
     assert "Predicted  Measured  Difference" in output
 
 
+def test_googles_range_is_told_where_its_target_is_too_low(profiles: Profiles, target: str) -> None:
+    result = profiles("list", "--target", target, "--model", MODEL, "--target-ttft-milliseconds=1")
+
+    assert "no recommendation" in result.stderr
+    assert "TTFT 25" in result.stderr
+
+
+def test_benchmarks_of_ours_are_shown_where_google_wants_more_words(
+    profiles: Profiles, history: Path, target: str
+) -> None:
+    result = profiles("benchmarks", "list", "--target", target)
+
+    assert MODEL in result.stdout
+    assert "left out" in result.stderr
+    assert "Give --model and --model-server" in result.stderr
+
+
+def test_use_cases_that_are_listed_are_use_cases_that_are_taken(profiles: Profiles, tmp_path: Path) -> None:
+    kept_curve(tmp_path / "out" / "history", "quickstart", "nvidia-l4", 4)
+
+    listed = [row["use_case"] for row in json.loads(profiles("use-cases", "list", "--format=json").stdout)]
+    (row,) = json.loads(profiles("list", "--use-case=quickstart", "--format=json").stdout)
+
+    assert listed[-1] == row["use_case"] == "quickstart"
+
+
+def test_use_cases_of_a_file_are_listed(profiles: Profiles, tmp_path: Path) -> None:
+    header = "Accelerator Type,Model Name,Model Server Name,Output Tokens/s,Use Case\n"
+    (tmp_path / "saved.csv").write_text(header + "nvidia-l4,a/b,vllm,100,Blog Posts\n")
+
+    assert "Blog Posts" in profiles("use-cases", "list", "--file=saved.csv").stdout
+
+
 def test_a_source_needs_its_target(profiles: Profiles) -> None:
     with pytest.raises(BadInput, match="Give --target"):
         profiles("list", "--source=google")
@@ -170,8 +234,8 @@ def test_recommendations_rank_and_explain(profiles: Profiles, history: Path) -> 
     output = profiles("recommend", "--model", MODEL, "--requests-per-s=60", "--max-usd-per-hour=25").output
 
     assert "1 x nvidia-h100-80gb  2         22.12" in output
-    assert "4 x nvidia-l4" in output
-    assert "budget cannot be checked" in output
+    assert "Not chosen: google/gemma-2-27b-it on 4 x nvidia-l4" in output
+    assert "it costs 36.06 USD/hour, the budget is 25.00" in output
 
 
 CREATE = ("manifests", "create", "--model", MODEL, "--model-server=vllm", "--accelerator-type=nvidia-l4")
@@ -208,13 +272,49 @@ def test_a_latency_target_takes_its_threshold_from_googles_curve(profiles: Profi
     assert yaml.safe_load(output.split("\n---\n")[0])["metadata"]["namespace"] == "serving"
 
 
+def test_a_threshold_comes_from_a_curve_of_such_a_replica(profiles: Profiles, history: Path) -> None:
+    # Two curves are known: of 4 x nvidia-l4, and of one H100, both with the chatbot's requests.
+    for other in ("--accelerator-count=8", "--use-case=Text Generation", "--model-server-version=v0.30.0"):
+        with pytest.raises(BadInput, match="is known, so a latency target"):
+            profiles(*CREATE, "--target-ntpot-milliseconds=25", other)
+
+
+def test_the_quickstarts_example_for_llm_d_works(profiles: Profiles) -> None:
+    output = profiles(
+        *("manifests", "create", "--accelerator-type=nvidia-h100-80gb", "--model=openai/gpt-oss-120b"),
+        *("--model-server=vllm", "--serving-stack=llm-d", "--use-case", "Multi Agent Large Document Summarization"),
+    ).output
+
+    assert "InferencePool" in output
+    assert "not stated: sized for 2048 tokens a request" in output
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--accelerator-count=4", "--service-account=me", "--use-case=Chatbot", "--serving-stack=vllm"),
+        *("--max-replicas=10", "--metrics-adapter=stackdriver", "--boot-disk-gib=200", "--gke-version=1.34.1-gke.1"),
+        *(
+            "--project-number=1",
+            "--from-hub",
+            "--target-itl-milliseconds=20",
+            "--target-input-length=100",
+            "--history=out",
+        ),
+    ],
+)
+def test_google_is_not_asked_for_what_it_would_ignore(profiles: Profiles, target: str, flag: str) -> None:
+    with pytest.raises(BadInput, match=f"takes no {flag.partition('=')[0]}"):
+        profiles(*CREATE, "--generator=google", "--target", target, flag)
+
+
 def test_google_generates_where_it_is_asked_to(profiles: Profiles, target: str) -> None:
     output = profiles(*CREATE, "--generator=google", "--target", target).output
 
     assert "Synthetic" in output
     with pytest.raises(BadInput, match="Give --target"):
         profiles(*CREATE, "--generator=google")
-    with pytest.raises(BadInput, match="serving stack"):
+    with pytest.raises(BadInput, match="--serving-stack"):
         profiles(*CREATE, "--generator=google", "--target", target, "--serving-stack=llm-d")
 
 

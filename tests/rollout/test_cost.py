@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rollout.cost import Price, PricingModel, cost_at_knee, list_price, price_for, token_cost
+from rollout.cost import Price, PricingModel, cost_at_knee, find_price, list_price, price_for, token_cost
 from rollout.errors import BadInput
 from tests.rollout.curves import QueueServer
 
@@ -50,6 +50,25 @@ def test_list_prices_say_date_and_source_and_commitments_are_cheaper() -> None:
 def test_the_targets_own_price_comes_first() -> None:
     price = price_for("nvidia-h100-80gb", "us-central1", own_usd_per_gpu_hour=2.5)
     assert (price.usd_per_gpu_hour, price.as_of) == (2.5, None)
+
+
+def test_the_targets_own_price_is_an_on_demand_price() -> None:
+    spot = price_for("nvidia-h100-80gb", "us-central1", PricingModel.SPOT, own_usd_per_gpu_hour=2.5)
+
+    assert spot == list_price("nvidia-h100-80gb", "us-central1", PricingModel.SPOT)
+    assert find_price("nvidia-b200", "us-central1", PricingModel.SPOT, own_usd_per_gpu_hour=2.5) is None
+
+
+def test_what_the_asker_pays_comes_before_everything() -> None:
+    for model in PricingModel:
+        price = find_price("nvidia-b200", None, model, own_usd_per_gpu_hour=2.5, stated={"nvidia-b200": 7.0})
+        assert price is not None
+        assert price.usd_per_gpu_hour == 7.0
+
+
+@pytest.mark.parametrize("accelerator", ["nvidia-h100-80gb", "nvidia-a100-80gb", "nvidia-tesla-a100", "nvidia-l4"])
+def test_a_listed_accelerator_has_a_price_where_the_quickstart_takes_its_own(accelerator: str) -> None:
+    assert find_price(accelerator) is not None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes import client, config
+from kubernetes import client
 
 from rollout.accelerators import ACCELERATORS, accelerator
 from rollout.autoscaling import (
@@ -31,6 +33,7 @@ from rollout.fit import memory_fit, model_shape
 from rollout.model_facts import MODELS, ModelFacts, known_model
 from rollout.optimize import (
     HF_SECRET,
+    INFERENCE_EXTENSION_VERSION,
     VERSION_ANNOTATION,
     GeneratedManifests,
     ManifestRequest,
@@ -52,7 +55,8 @@ from rollout.sizing import FULL_CONTEXTS, size_serving
 from rollout.target import Target
 from rollout.universe import Universe
 from rollout.vllm_flags import parse_arguments
-from sandbox.cluster import KubernetesServer
+from tests.engines import real_vllm_python
+from tests.sandbox.cluster_support import REAL, api_server
 
 GOLDENS = Path(__file__).parents[1] / "manifests" / "optimized"
 DAY = date(2026, 11, 22)
@@ -174,16 +178,48 @@ def test_every_known_model_fits_where_it_says_and_vllm_knows_the_flags(model: st
     assert fit.arithmetic() in generated.text(Output.COMMENTS)
 
 
+PARSE = """
+import contextlib, io, json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser(prog="api_server.py"))
+refused = []
+for arguments in json.load(sys.stdin):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parser.parse_args(arguments)
+    except SystemExit:
+        refused.append([arguments, said.getvalue()[-500:]])
+print("refused:", json.dumps(refused))
+"""
+"""Reads argument lists, and prints those that vLLM's own parser refuses."""
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(1800)
+def test_vllms_own_parser_takes_every_argument() -> None:
+    python = real_vllm_python()
+    everything = [*CASES.values(), *({"model": model, "accelerator_type": "nvidia-b200"} for model in MODELS)]
+    given = [container_of(generate(**case))["args"] for case in everything] + [["--no-such-flag"]]
+
+    result = subprocess.run(
+        [str(python), "-c", PARSE], input=json.dumps(given), capture_output=True, text=True, check=True
+    )
+
+    (line,) = (each for each in result.stdout.splitlines() if each.startswith("refused: "))
+    # The last list shows that the parser does refuse.
+    assert [arguments for arguments, _ in json.loads(line.removeprefix("refused: "))] == [["--no-such-flag"]]
+
+
 # --- The API server's word --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[client.ApiClient]:
-    if "KUBECONFIG" in os.environ:
-        yield config.new_client_from_config()
-        return
-    with KubernetesServer(tmp_path_factory.mktemp("cluster")) as server:
-        yield client.ApiClient(client.Configuration(host=server.url))
+    """The real API server of `KUBECONFIG` or `KUBEBUILDER_ASSETS`, else the embedded one."""
+    with api_server(tmp_path_factory.mktemp("cluster")) as connection:
+        yield connection.api_client
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -195,9 +231,15 @@ def test_an_api_server_accepts_every_object(case: str, api: client.ApiClient) ->
         core.create_namespace({"metadata": {"name": namespace}})
     target = Target(name="test", project="my-project", region="us-central1", bucket="my-bucket", namespace=namespace)
 
-    preview = ClusterClient(ClusterApi(api), target).preview(generated.objects)
+    # A bare API server has none of the definitions of GKE and of the inference extension.
+    groups = {"", *(each.name for each in client.ApisApi(api).get_api_versions().groups)}
+    served = [each for each in generated.objects if each["apiVersion"].rpartition("/")[0] in groups]
+    assert "Deployment" in {each["kind"] for each in served}
+    assert REAL or len(served) == len(generated.objects)
 
-    assert len(preview.changes) == len(generated.objects)
+    preview = ClusterClient(ClusterApi(api), target).preview(served)
+
+    assert len(preview.changes) == len(served)
     assert {change.action for change in preview.changes} == {Action.CREATED}
 
 
@@ -241,13 +283,48 @@ def test_tpus_share_a_cache_that_one_replica_writes_first() -> None:
     generated = generate(**CASES["tpu"])
     environment = {each["name"]: each.get("value") for each in container_of(generated)["env"]}
 
-    assert environment["VLLM_XLA_CACHE_PATH"] == "/data/xla_cache"
+    assert environment["VLLM_XLA_CACHE_PATH"] == "/xla/xla-cache/llama"
     assert generated.grants[0].role == "roles/storage.objectUser"
     assert scale_steps(generated, 4) == (1, 4)
     assert scale_steps(generated, 1) == (1,)
     assert scale_steps(generate(**CASES["streamer"]), 4) == (4,)
     assert "remove VLLM_XLA_CACHE_PATH" in generated.text(Output.COMMENTS)
     assert container_of(generated)["resources"]["limits"]["google.com/tpu"] == "1"
+
+
+def test_the_cache_lies_beside_the_weights_and_the_weights_stay_read_only() -> None:
+    for version in ("v0.14.0", "v0.13.0"):  # streamed, and mounted
+        pod = server_of(generate(**{**CASES["tpu"], "model_server_version": version}))["spec"]["template"]["spec"]
+        mounts = {each["name"]: each for each in pod["containers"][0]["volumeMounts"]}
+
+        assert (mounts["xla-cache"]["mountPath"], mounts["xla-cache"]["readOnly"]) == ("/xla", False)
+        assert mounts.get("model", {"readOnly": True})["readOnly"]
+
+
+def test_weights_at_the_root_of_a_bucket_have_no_place_for_a_cache_beside_them() -> None:
+    generated = generate(**{**CASES["tpu"], "model_bucket_uri": "gs://my-bucket"})
+
+    assert generated.scale_first_to is None
+    assert generated.grants[0].role == "roles/storage.objectViewer"
+    assert "VLLM_XLA_CACHE_PATH" not in {each["name"] for each in container_of(generated)["env"]}
+    assert "at the root of their bucket" in generated.text(Output.COMMENTS)
+
+
+def test_the_first_compilation_on_a_tpu_fits_into_every_deadline() -> None:
+    generated = generate(**CASES["tpu"])
+    probe, deadline_s = container_of(generated)["startupProbe"], server_of(generated)["spec"]["progressDeadlineSeconds"]
+    thirty_minutes_s = 1800  # vLLM's TPU guide
+
+    assert probe["failureThreshold"] * probe["periodSeconds"] > thirty_minutes_s
+    assert deadline_s > probe["failureThreshold"] * probe["periodSeconds"] + 600  # the node and the image come first
+    assert f"--timeout={deadline_s}s" in generated.text(Output.COMMENTS)
+
+
+def test_only_gpus_stream_in_shares() -> None:
+    flag = '--model-loader-extra-config={"distributed": true}'
+
+    assert flag in container_of(generate(**CASES["streamer"]))["args"]
+    assert flag not in container_of(generate(**CASES["tpu"], accelerator_count=4))["args"]
 
 
 @pytest.mark.parametrize(
@@ -350,6 +427,12 @@ def test_a_target_below_every_latency_says_the_range() -> None:
         autoscaling_for(curve(QWEN, "nvidia-l4"), Targets(ntpot_ms=10), startup_s=1)
 
 
+def test_a_target_that_the_source_does_not_state_is_not_called_too_low() -> None:
+    with pytest.raises(BadInput, match="does not state ITL") as refused:
+        autoscaling_for(curve(QWEN, "nvidia-l4", itl=False), Targets(itl_ms=30, ttft_ms=90), startup_s=1)
+    assert "NTPOT or TTFT" in str(refused.value)
+
+
 def test_littles_law_stands_in_for_an_unmeasured_concurrency() -> None:
     profile = curve(QWEN, "nvidia-l4")
     points = tuple(point.model_copy(update={"running_requests": None}) for point in profile.points)
@@ -370,7 +453,19 @@ def test_the_autoscaler_owns_the_replicas_and_does_not_flap() -> None:
     assert hpa["spec"]["scaleTargetRef"]["name"] == generated.serving.name
     assert hpa["spec"]["behavior"]["scaleUp"]["stabilizationWindowSeconds"] == 0
     assert hpa["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 300
-    assert "custom-metrics-stackdriver-adapter" in generated.text(Output.COMMENTS)
+    comments = generated.text(Output.COMMENTS)
+    assert "custom-metrics-stackdriver-adapter" in comments
+    assert "--role=roles/monitoring.viewer" in comments
+    assert "/subject/ns/custom-metrics/sa/custom-metrics-stackdriver-adapter" in comments
+
+
+def test_spare_replicas_are_the_autoscalers_lower_limit() -> None:
+    generated = generate(**CASES["autoscaling-ntpot"], min_replicas=2)
+    (hpa,) = (each for each in generated.objects if each["kind"] == "HorizontalPodAutoscaler")
+
+    assert (hpa["spec"]["minReplicas"], hpa["spec"]["maxReplicas"]) == (2, 10)
+    with pytest.raises(ValueError, match="min_replicas=11 is more than"):
+        generate(**CASES["autoscaling-ntpot"], min_replicas=11)
 
 
 def test_the_metric_is_named_as_the_adapter_names_it() -> None:
@@ -413,6 +508,36 @@ def test_llm_d_routes_to_the_pods_through_the_picker() -> None:
     assert ("Service", pool["spec"]["endpointPickerRef"]["name"]) in objects
     assert route["spec"]["rules"][0]["backendRefs"][0]["name"] == name
     assert ("Gateway", route["spec"]["parentRefs"][0]["name"]) in objects
+
+
+def test_a_use_case_without_lengths_is_sized_at_the_floor_and_says_so() -> None:
+    case = {**CASES["llm-d"], "use_case": "Multi Agent Large Document Summarization"}
+    unstated, stated = generate(**case), generate(**case, input_length=30_000, output_length=1000)
+
+    assert "not stated: sized for 2048 tokens a request" in unstated.text(Output.COMMENTS)
+    assert "A request of 2048 tokens" in unstated.text(Output.COMMENTS)
+    assert "not stated" not in stated.text(Output.COMMENTS)
+    assert "A request of 31000 tokens" in stated.text(Output.COMMENTS)
+
+
+def test_gke_asks_the_pods_of_llm_d_where_vllm_answers() -> None:
+    generated = generate(**CASES["llm-d"])
+    objects = {each["kind"]: each for each in generated.objects}
+    policy = objects["HealthCheckPolicy"]["spec"]
+
+    assert policy["targetRef"]["kind"] == "InferencePool"
+    assert policy["targetRef"]["name"] == objects["InferencePool"]["metadata"]["name"]
+    assert policy["default"]["config"]["httpHealthCheck"] == {"port": 8000, "requestPath": "/health"}
+
+
+def test_the_picker_is_called_by_tls_and_has_the_version_of_its_definitions() -> None:
+    generated = generate(**CASES["llm-d"])
+    (service,) = (e for e in generated.objects if e["kind"] == "Service" and e["metadata"]["name"].endswith("-epp"))
+
+    assert service["spec"]["ports"][0]["appProtocol"] == "http2"
+    assert "releases/latest" not in generated.text()
+    assert f"releases/download/{INFERENCE_EXTENSION_VERSION}/manifests.yaml" in generated.text(Output.COMMENTS)
+    assert f"epp:{INFERENCE_EXTENSION_VERSION}" in generated.text(Output.MANIFEST)
 
 
 def test_the_header_is_the_documented_one_in_comments_and_annotation() -> None:
@@ -476,6 +601,31 @@ def test_more_gpus_come_before_quantisation() -> None:
 
     assert (plain.accelerator_count, plain.extra_args) == (4, ())
     assert forced.extra_args == ("--quantization=fp8", "--kv-cache-dtype=fp8")
+
+
+def small_gpu_sizing(config: dict[str, Any]) -> tuple[str, ...]:
+    """Flags for 20 GiB of weights on one L4 with 24 GiB."""
+    shape = {**known_model(LLAMA).config, **config}
+    facts = ModelFacts(repo_id="my/own", weights_bytes=20 * 2**30, config=shape)
+    return size_serving(facts, accelerator("nvidia-l4"), tokens_per_request=2048, count=1).extra_args
+
+
+def test_a_quantised_checkpoint_is_not_quantised_again() -> None:
+    assert "--quantization=fp8" in small_gpu_sizing({})
+    awq = {"quantization_config": {"quant_method": "awq"}}
+    for quantised in (awq, {"text_config": {**known_model(LLAMA).config, **awq}}):
+        with pytest.raises(BadInput, match="does not fit"):
+            small_gpu_sizing(quantised)
+
+
+@pytest.mark.parametrize("model", ["openai/gpt-oss-20b", "openai/gpt-oss-120b"])
+def test_gpt_oss_is_mxfp4_and_gets_no_fp8_cache(model: str) -> None:
+    facts = known_model(model)
+
+    assert facts.config["quantization_config"]["quant_method"] == "mxfp4"
+    for chip in ACCELERATORS:
+        args = container_of(generate(model=model, accelerator_type=chip))["args"]
+        assert not [each for each in args if "fp8" in each]
 
 
 def test_heads_must_be_divisible() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from rollout.benchmark import BenchmarkSpec, Environment, benchmark_report
 from rollout.cost import Price, PricingModel
-from rollout.errors import BadInput
+from rollout.errors import BadInput, NotFound
 from rollout.profile_formats import (
     BENCHMARK_LIST_COLUMNS,
     LIST_COLUMNS,
@@ -25,6 +26,7 @@ from rollout.profile_formats import (
     read_benchmarks_csv,
     read_inference_perf,
     render_list,
+    render_notes,
     render_rows,
     render_use_cases,
 )
@@ -33,6 +35,7 @@ from rollout.profiles import (
     PROFILE_COLUMNS,
     USE_CASES,
     Evidence,
+    LatencyRange,
     LoadPoint,
     MeasuredOn,
     Profile,
@@ -43,6 +46,8 @@ from rollout.profiles import (
     StaticSource,
     Targets,
     ask,
+    ask_names,
+    at_ratio,
     best_curve,
     image_version,
     measured_profile,
@@ -257,6 +262,21 @@ def test_use_cases_are_found_by_any_spelling() -> None:
         use_case_named("poetry")
 
 
+def test_a_profiles_own_use_case_is_a_use_case() -> None:
+    own = profile(use_case="my-dataset")
+
+    assert chosen(ProfileQuery(use_case="quickstart"), profile(use_case="quickstart"), own)[0].use_case == "quickstart"
+    assert chosen(ProfileQuery(use_case="My-Dataset"), own) == [own]
+    with pytest.raises(BadInput, match="quickstart, my-dataset"):
+        chosen(ProfileQuery(use_case="poetry"), own)
+
+
+def test_the_quickstarts_example_for_llm_d_is_a_use_case_without_lengths() -> None:
+    found = use_case_named("Multi Agent Large Document Summarization")
+
+    assert (found.input_tokens, found.output_tokens, found.ratio) == (None, None, "")
+
+
 def test_what_our_measurements_used_is_listed_too() -> None:
     names = [each.name for each in use_cases([measured("quickstart"), measured()])]
 
@@ -321,6 +341,29 @@ def test_an_unreachable_target_says_which_latencies_are_possible() -> None:
     assert found.rows == ()
     assert "no recommendation" in found.notes[0]
     assert "TTFT 10 to 100 ms" in found.notes[0]
+
+
+def test_a_source_that_answers_with_the_range_alone_is_heard() -> None:
+    stated = (LatencyRange(metric="TTFT", lowest_ms=75, highest_ms=280),)
+    too_low = select(ProfileAnswer(ranges=stated), ProfileQuery(targets=Targets(ttft_ms=1)))
+    within = select(ProfileAnswer(ranges=stated), ProfileQuery(targets=Targets(ttft_ms=100)))
+
+    assert "Choose one within what was observed: TTFT 75 to 280 ms" in too_low.notes[0]
+    assert within.notes == ("no profile matches; the sources know no model",)
+
+
+def test_the_range_is_that_of_everything_that_was_observed() -> None:
+    stated = (LatencyRange(metric="TTFT", lowest_ms=5, highest_ms=280),)
+    found = select(ProfileAnswer(profiles=(profile(),), ranges=stated), ProfileQuery(targets=Targets(ttft_ms=1)))
+
+    assert "TTFT 5 to 280 ms" in found.notes[0]
+
+
+def test_a_missing_price_is_asked_for() -> None:
+    free = {"usd_per_million_output_tokens": None, "usd_per_million_input_tokens": None}
+    found = select(ProfileAnswer(profiles=(profile(point(1, **free), accelerator="nvidia-b200"),)), ProfileQuery())
+
+    assert "--usd-per-accelerator-hour nvidia-b200=USD" in found.notes[0]
 
 
 def test_an_unreachable_cost_says_the_lowest() -> None:
@@ -401,6 +444,65 @@ def test_a_measurement_is_the_better_curve() -> None:
     assert best_curve([]) is None
 
 
+def test_a_curve_is_that_of_such_a_replica_and_such_requests() -> None:
+    two, research = profile(accelerator_count=2), profile(use_case="Deep Research")
+    chatbot, unstated = profile(use_case="Chatbot (ShareGPT)"), profile()
+
+    assert best_curve([two], accelerator_count=1) is None
+    assert best_curve([research, unstated], accelerator_count=1, use_case="Chatbot (ShareGPT)") == unstated
+    assert best_curve([unstated, chatbot], accelerator_count=1, use_case="Chatbot (ShareGPT)") == chatbot
+
+
+class FailingSource(StaticSource):
+    """A source that cannot be asked."""
+
+    def models(self) -> Sequence[str]:
+        raise NotFound("it is away.", where=self.name)
+
+    def profiles(self, query: ProfileQuery) -> ProfileAnswer:
+        raise NotFound("it is away.", where=self.name)
+
+    benchmarks = profiles
+
+
+def test_a_source_that_fails_does_not_hide_the_others() -> None:
+    away, here = FailingSource("far", []), StaticSource("near", [profile()])
+
+    for every_point in (False, True):
+        answer = ask([away, here], ProfileQuery(), every_point=every_point)
+        assert (answer.profiles, answer.notes) == ((profile(),), ("left out: far: it is away.",))
+    assert ask_names([away, here], lambda each: each.models()) == ((GPT_OSS,), ("left out: far: it is away.",))
+
+
+def test_where_nobody_knows_a_profile_the_failure_is_the_answer() -> None:
+    away, empty = FailingSource("far", []), StaticSource("near", [])
+
+    with pytest.raises(NotFound, match="it is away"):
+        ask([empty, away], ProfileQuery())
+    with pytest.raises(NotFound, match="it is away"):
+        ask_names([empty, away], lambda each: each.models())
+
+
+def test_costs_of_another_ratio_are_worked_out_or_left_out() -> None:
+    # 1 USD per 1000 s over 500/4 + 1000 tokens/s.
+    usd_output = 1e-3 / 1125 * 1e6
+    costs = {"usd_per_million_output_tokens": usd_output, "usd_per_million_input_tokens": usd_output / 4}
+    known, unknown = profile(point(10, **costs)), profile(point(10, **costs, input_tokens_per_s=None))
+
+    same, no_note = at_ratio(known, 4.0)
+    other, _ = at_ratio(known, 2.0)
+    lost, note = at_ratio(unknown, 2.0)
+
+    assert (same, no_note) == (known, None)
+    assert other.saturation.usd_per_million_output_tokens == pytest.approx(1e-3 / (500 / 2 + 1000) * 1e6)
+    assert other.saturation.usd_per_million_input_tokens == pytest.approx(1e-3 / (500 / 2 + 1000) / 2 * 1e6)
+    assert not lost.has_costs
+    assert note is not None
+    assert "of about 4" in note
+    # Three decimals: 0.035 and 0.009 are a ratio of four as well as of 3.9.
+    assert at_ratio(profile(DOCUMENTED), 4.0) == (profile(DOCUMENTED), None)
+
+
 def test_a_source_lists_what_it_knows() -> None:
     source = StaticSource("a", [profile(), profile(model_server_version="v0.9.0"), profile(model="b/b")])
 
@@ -459,10 +561,10 @@ def test_gclouds_own_csv_is_read_as_a_prediction() -> None:
         "g2-standard-48,nvidia-l4,google/gemma-2-27b-it,vllm,v0.7.2,100,60,300,0.5,N/A,N/A\n"
         "g2-standard-48,nvidia-l4,google/gemma-2-27b-it,vllm,v0.7.2,700,200,900,3.5,0.300,1.200\n"
     )
-    (read,) = read_benchmarks_csv(text, name="profiles.csv", pricing=PricingModel.SPOT)
+    (read,) = read_benchmarks_csv(text, name="profiles.csv")
 
     assert read.accelerator_count == 4  # a g2-standard-48 has four
-    assert read.pricing_model is PricingModel.SPOT
+    assert read.pricing_model is None  # the file does not say, so nobody does
     assert read.source == Source(name="profiles.csv", evidence=Evidence.PREDICTION)
     assert read.points[0].usd_per_million_output_tokens is None
     assert read.saturation.ntpot_ms == 200
@@ -498,12 +600,31 @@ def test_json_and_yaml_hold_numbers_source_and_date() -> None:
     (from_yaml,) = yaml.safe_load(render_list(found, Format.YAML))
 
     assert from_json == from_yaml
-    assert list(from_json) == [column.key for column in LIST_COLUMNS]
+    assert list(from_json) == [*(column.key for column in LIST_COLUMNS), "gaps"]
     assert (from_json["output_tokens_per_s"], from_json["source"], from_json["as_of"]) == (
         1000,
         "catalogue",
         "2026-11-01",
     )
+
+
+def test_json_holds_what_was_predicted_and_what_was_measured() -> None:
+    ours = profile(point(1), point(8), source=Source(name="ours", evidence=Evidence.MEASUREMENT))
+    found = select(ProfileAnswer(profiles=(profile(), ours)), ProfileQuery())
+
+    rows = {row["source"]: row for row in json.loads(render_list(found, Format.JSON))}
+    by_figure = {each["figure"]: each for each in rows["catalogue"]["gaps"]}
+
+    assert (by_figure["output tokens/s"]["predicted"], by_figure["output tokens/s"]["measured"]) == (1000, 800)
+    assert by_figure["output tokens/s"]["difference"] == pytest.approx(-0.2)
+    assert rows["ours"]["gaps"] == []
+
+
+def test_notes_belong_to_no_format() -> None:
+    found = select(ProfileAnswer(), ProfileQuery())
+
+    assert [render_list(found, form) for form in (Format.TABLE, Format.JSON, Format.YAML)] == ["", "[]\n", "[]\n"]
+    assert render_notes(found.notes) == "Note: no profile matches; the sources know no model\n"
 
 
 def test_gclouds_names_of_formats_and_prices_are_understood() -> None:
@@ -533,10 +654,29 @@ def test_inference_perfs_stage_reports_are_a_profile() -> None:
     found = read_inference_perf(reports, name="reports", model=GPT_OSS, accelerator=H100, price=price)
 
     assert found.source.evidence is Evidence.MEASUREMENT
+    assert found.pricing_model is PricingModel.ON_DEMAND
     at = found.saturation
     assert (at.ttft_ms, at.ntpot_ms, at.itl_ms) == pytest.approx((200, 40, 15))
     # 0.01 USD/s over 400/4 + 200 weighted tokens/s.
     assert at.usd_per_million_output_tokens == pytest.approx(0.01 / 300 * 1e6)
+
+
+def test_inference_perfs_costs_are_those_that_were_asked_for() -> None:
+    found = read_inference_perf(
+        {"stage_0_lifecycle_metrics.json": stage_report(1.0)},
+        name="reports",
+        model=GPT_OSS,
+        accelerator=H100,
+        accelerator_count=2,
+        price=Price(usd_per_gpu_hour=36.0, source="test"),
+        pricing_model=PricingModel.SPOT,
+        output_to_input_ratio=2.0,
+    )
+
+    assert (found.pricing_model, found.accelerator_count) == (PricingModel.SPOT, 2)
+    # 2 GPUs: 0.02 USD/s over 200/2 + 100 weighted tokens/s.
+    assert found.saturation.usd_per_million_output_tokens == pytest.approx(0.02 / 200 * 1e6)
+    assert found.saturation.usd_per_million_input_tokens == pytest.approx(0.02 / 200 / 2 * 1e6)
 
 
 def test_a_stage_without_answers_is_no_load_point() -> None:

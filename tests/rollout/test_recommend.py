@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -125,6 +127,52 @@ def test_without_a_price_an_option_stands_last_and_no_budget_can_hold_it() -> No
 
     assert [each.profile for each in advised(unpriced, CHEAP).options] == [CHEAP, unpriced]
     assert "budget cannot be checked" in advised(unpriced, max_usd_per_hour=100).losers[0].reason
+
+
+def test_a_ranking_says_where_a_price_is_missing() -> None:
+    unpriced = profile("nvidia-b200", 50, 10)
+    found = advised(unpriced, CHEAP)
+
+    assert "no price" in render_recommendation(found, Format.TABLE)
+    assert any("--usd-per-accelerator-hour nvidia-b200=USD" in note for note in found.all_notes)
+
+
+CATALOGUED = FAST.model_copy(
+    update={
+        "points": tuple(
+            point.model_copy(update={"input_tokens_per_s": None, "usd_per_million_output_tokens": 0.5})
+            for point in FAST.points
+        )
+    }
+)
+"""As Google's: costs, and no input tokens/s to work them out from."""
+
+
+def list_price_of(profile: Profile) -> Price | None:
+    return Price(usd_per_gpu_hour=11.0, source="list", as_of=date(2025, 3, 6))
+
+
+def test_a_catalogues_token_costs_stand_beside_its_own_price_only() -> None:
+    at_home = recommend([CATALOGUED], Requirements(), list_price_of).best
+    elsewhere = recommend([CATALOGUED], Requirements(region="europe-west4"), list_price_of).best
+    own = recommend([CATALOGUED], Requirements(), price_of).best
+
+    assert at_home is not None
+    assert (at_home.usd_per_million_output_tokens, at_home.notes) == (0.5, ())
+    for found in (elsewhere, own):
+        assert found is not None
+        assert found.usd_per_million_output_tokens is None
+        assert "at its own price it is 0.500 USD" in found.notes[0]
+
+
+def test_losers_are_rows_of_json_with_their_reason() -> None:
+    rows = json.loads(render_recommendation(advised(requests_per_s=4, targets=Targets(ttft_ms=100)), Format.JSON))
+
+    assert [(row["rank"], row["accelerator"], row["reason"]) for row in rows] == [
+        (1, "1 x nvidia-h100-80gb", None),
+        (None, "1 x nvidia-l4", "TTFT is at least 220 ms, the target is 100 ms"),
+    ]
+    assert list(rows[0]) == list(rows[1])
 
 
 def test_demand_is_stated_once() -> None:
