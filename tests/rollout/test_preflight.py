@@ -49,11 +49,11 @@ def test_missing_permissions_are_all_named() -> None:
 
 
 def test_only_what_the_plan_needs_is_asked_for() -> None:
-    everything = required_permissions(TARGET, creates_bucket=True, creates_cluster=True)
+    everything = required_permissions(TARGET, creates_bucket=True, creates_cluster=True, updates_cluster=False)
     assert {"storage.buckets.create", "container.clusters.create", "iam.serviceAccounts.setIamPolicy"} <= set(
         everything
     )
-    nothing_new = required_permissions(TARGET, creates_bucket=False, creates_cluster=False)
+    nothing_new = required_permissions(TARGET, creates_bucket=False, creates_cluster=False, updates_cluster=False)
     assert not {"storage.buckets.create", "container.clusters.create"} & set(nothing_new)
 
 
@@ -61,7 +61,9 @@ def test_direct_identity_needs_no_service_account_api() -> None:
     direct = TARGET.model_copy(update={"identity": IdentityMode.DIRECT})
     assert "iam" not in required_services(direct)
     assert not [
-        name for name in required_permissions(direct, creates_bucket=False, creates_cluster=False) if "iam" in name
+        name
+        for name in required_permissions(direct, creates_bucket=False, creates_cluster=False, updates_cluster=False)
+        if "iam" in name
     ]
 
 
