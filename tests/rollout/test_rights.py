@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rollout.benchmark import BenchmarkSpec, Engine
 from rollout.objects import INVENTORY_KINDS
@@ -12,6 +14,9 @@ from rollout.policy import RolloutPolicy
 from rollout.preflight import CheckState
 from rollout.rights import Denied, check_rights, needed_rights
 from rollout.workload import fixed_workload
+from sandbox.cluster.resources import BUILT_IN, CUSTOM
+
+SERVING = Path(__file__).parents[2] / "deployments" / "worker" / "serving"
 
 DEPLOYMENT = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "m", "namespace": "serving"}}
 NAMESPACE = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "serving"}}
@@ -63,6 +68,34 @@ def test_secrets_are_only_written_for_a_load_that_needs_the_hubs_token() -> None
     assert "create" not in rights(DEPLOYMENT, **load)["Secret"]
     assert "create" in rights(DEPLOYMENT, sends_token=True, **load)["Secret"]
     assert "create" not in rights(DEPLOYMENT, sends_token=True)["Secret"]
+
+
+def test_the_workers_files_grant_whatever_a_plan_can_need() -> None:
+    """Quick to tell; tests/flows/test_worker_rights.py shows that it is also all that is really asked for."""
+    granted = {
+        (group, resource, verb)
+        for file in SERVING.glob("*role.yaml")
+        for rule in yaml.safe_load(file.read_text(encoding="utf-8"))["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    kinds = {(each.api_version, each.kind): each for each in (*BUILT_IN, *CUSTOM)}
+    applied = [
+        {"apiVersion": version, "kind": kind}
+        for version, kind in INVENTORY_KINDS
+        if kind not in ("Role", "RoleBinding", "InferencePool", "PersistentVolumeClaim", "Pod")
+    ]
+    canary = RolloutPolicy.model_validate(
+        {"benchmark": INFERENCE_PERF, "delivery": {"kind": "canary", "gateway": {"name": "g"}}}
+    )
+    missing = []
+    for right in needed_rights(applied, canary, namespace_exists=True, sends_token=True):
+        kind = kinds[right.api_version, right.kind]
+        resource = f"{kind.plural}/{right.subresource}" if right.subresource else kind.plural
+        if (kind.group, resource, right.verb) not in granted:
+            missing.append((resource, right.verb))
+    assert missing == []
 
 
 def test_missing_rights_are_told_by_resource_with_the_command_that_grants_them() -> None:
