@@ -27,6 +27,29 @@ WEIGHTS_ANNOTATION = "llm-rollout.dev/weights-digest"
 SHARED_KINDS = frozenset({"Namespace", "ComputeClass", "ServiceAccount"})
 """Objects that several models of one target use; they carry no instance label."""
 
+INVENTORY_KINDS = (
+    ("cloud.google.com/v1", "ComputeClass"),
+    ("v1", "Namespace"),
+    ("v1", "ServiceAccount"),
+    ("rbac.authorization.k8s.io/v1", "Role"),
+    ("rbac.authorization.k8s.io/v1", "RoleBinding"),
+    ("v1", "Secret"),
+    ("v1", "ConfigMap"),
+    ("v1", "PersistentVolumeClaim"),
+    ("apps/v1", "Deployment"),
+    ("batch/v1", "Job"),
+    ("v1", "Pod"),
+    ("v1", "Service"),
+    ("policy/v1", "PodDisruptionBudget"),
+    ("autoscaling/v2", "HorizontalPodAutoscaler"),
+    ("monitoring.googleapis.com/v1", "PodMonitoring"),
+    ("inference.networking.k8s.io/v1", "InferencePool"),
+    ("gateway.networking.k8s.io/v1", "Gateway"),
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"),
+    ("networking.gke.io/v1", "HealthCheckPolicy"),
+)
+"""What a rollout can leave behind, in the order of application. Kinds that are not installed are passed over."""
+
 BOOT_DISK_CACHE_LIMIT_BYTES = 90 * 2**30
 """GKE's boot disk has 100 GiB, of which it keeps 10 %: a hub cache of 90 GiB evicts its own pod."""
 

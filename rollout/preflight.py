@@ -77,22 +77,63 @@ def required_services(target: Target) -> tuple[str, ...]:
     return tuple(services)
 
 
-def required_permissions(target: Target, *, creates_bucket: bool, creates_cluster: bool) -> tuple[str, ...]:
-    """The project permissions that the plan needs, least privilege.
+READER_PERMISSIONS = ("storage.buckets.getIamPolicy", "storage.buckets.setIamPolicy")
+"""On the bucket, to let the pods read it and to take that back."""
+
+WEIGHTS_PERMISSIONS = (
+    "storage.buckets.get",
+    "storage.multipartUploads.abort",
+    "storage.multipartUploads.create",
+    "storage.multipartUploads.list",
+    "storage.multipartUploads.listParts",
+    "storage.objects.create",
+    "storage.objects.delete",
+    "storage.objects.get",
+    "storage.objects.list",
+    "storage.objects.update",
+)
+"""On the bucket: weights and records. `roles/storage.objectAdmin` lacks the first."""
+
+OPTIONAL_PERMISSIONS = (
+    "compute.acceleratorTypes.list",
+    "compute.disks.list",
+    "compute.regions.get",
+    "serviceusage.services.list",
+)
+"""Only read, and only for a better answer: without them a check is unknown, and disks are not looked for."""
+
+
+def bucket_permissions(target: Target) -> tuple[str, ...]:
+    """What the caller needs on the bucket; a kubeconfig cluster brings its own readers."""
+    if target.cluster.mode is ClusterMode.KUBECONFIG:
+        return WEIGHTS_PERMISSIONS
+    return (*READER_PERMISSIONS, *WEIGHTS_PERMISSIONS)
+
+
+def required_permissions(
+    target: Target, *, creates_bucket: bool, creates_cluster: bool, updates_cluster: bool
+) -> tuple[str, ...]:
+    """The project permissions that the plan and its teardown need, least privilege.
 
     The tutorial asks for `roles/container.admin` and `roles/iam.serviceAccountAdmin`; these are the permissions of
-    those roles (and of Storage Admin) that are used.
+    those roles (and of Storage Admin) that are used. What is done inside of a cluster that exists is asked of the
+    cluster (`rollout.rights`); one that is to be made holds no Roles yet, so there two permissions of
+    `roles/container.developer` stand for all of it.
     """
     needed: list[str] = []
     if creates_bucket:
-        needed.append("storage.buckets.create")
+        needed += ["storage.buckets.create", "storage.buckets.delete", *bucket_permissions(target)]
     if target.cluster.mode is not ClusterMode.KUBECONFIG:
-        needed += ["container.clusters.get", "container.deployments.create", "container.services.create"]
+        needed += ["resourcemanager.projects.get", "container.clusters.get"]
         if creates_cluster:
-            needed += ["container.clusters.create", "container.operations.get", "container.operations.list"]
+            needed += ["container.clusters.create", "container.clusters.delete"]
+            needed += ["container.deployments.create", "container.services.create"]
+        if creates_cluster or updates_cluster:
+            needed += ["container.clusters.update", "container.operations.get", "container.operations.list"]
         if target.identity is IdentityMode.SERVICE_ACCOUNT:
             needed += [
                 "iam.serviceAccounts.create",
+                "iam.serviceAccounts.delete",
                 "iam.serviceAccounts.get",
                 "iam.serviceAccounts.getIamPolicy",
                 "iam.serviceAccounts.setIamPolicy",
@@ -119,7 +160,21 @@ def check_permissions(required: Iterable[str], granted: Iterable[str], target: T
     return failed(
         "permissions",
         f"missing on {target.project}: {', '.join(missing)}",
-        "Ask for roles/container.admin, roles/iam.serviceAccountAdmin and roles/storage.admin, or a custom role.",
+        "Ask for the custom role of deployments/worker/README.md, or for roles/container.admin,"
+        " roles/iam.serviceAccountAdmin and roles/storage.admin.",
+    )
+
+
+def check_bucket_permissions(granted: Iterable[str], target: Target) -> Check:
+    """On a bucket that exists, its own policy counts as well as the project's."""
+    missing = sorted(set(bucket_permissions(target)) - set(granted))
+    if not missing:
+        return ok("bucket permissions", f"the caller may use gs://{target.bucket} as the rollout will")
+    return failed(
+        "bucket permissions",
+        f"missing on gs://{target.bucket}: {', '.join(missing)}",
+        f"gcloud storage buckets add-iam-policy-binding gs://{target.bucket} --role=roles/storage.admin --member=…,"
+        " or the custom role of deployments/worker/README.md.",
     )
 
 

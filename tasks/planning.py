@@ -8,7 +8,6 @@ from rollout.clients.hub import HubClient
 from rollout.clients.observe import observe
 from rollout.model import PinnedModel
 from rollout.plan import Observation, RolloutPlan, make_plan, rollout_id
-from rollout.policy import Teardown
 from rollout.profiling import autoscaler_of
 from rollout.rendering import KubernetesObject
 from rollout.report import Action
@@ -42,14 +41,8 @@ def pin_model(spec: RolloutSpec) -> Outcome[PinnedModel]:
 def observe_target(spec: RolloutSpec, model: PinnedModel, scaling: Autoscaling | None = None) -> Outcome[Observation]:
     """Read what exists and run every preflight check. Failed checks are shown all at once by `plan_rollout`."""
     objects = _objects(spec, model, scaling)
-    observed = observe(
-        model,
-        spec.serving,
-        spec.target,
-        objects,
-        hub_token=hub_token(spec.target),
-        trial=spec.policy.teardown is Teardown.ALWAYS,
-    )
+    token = hub_token(spec.target)
+    observed = observe(model, spec.serving, spec.target, objects, policy=spec.policy, hub_token=token)
     rows = [
         {"check": check.name, "state": check.state.value, "why": check.why, "what to do": check.resolution}
         for check in observed.checks

@@ -317,7 +317,7 @@ def _raise_status(status: int, data: bytes, path: str) -> NoReturn:
         raise PermissionMissing(
             message,
             where=path,
-            resolution="Grant the caller roles/container.developer (or the RBAC verb that the message names).",
+            resolution="Grant the verb that the message names; deployments/worker/serving/ holds all that are needed.",
         )
     if status == 404:
         raise NotFound(message, where=path)

@@ -33,9 +33,11 @@ from rollout.ledger import standing
 from rollout.model import PinnedModel
 from rollout.objects import WeightsSource, uses_compute_class
 from rollout.plan import LiveVersion, Observation
+from rollout.policy import RolloutPolicy, Teardown
 from rollout.preflight import Check
 from rollout.rendering import KubernetesObject
 from rollout.report import Action
+from rollout.rights import NAME, check_rights, needed_rights
 from rollout.serving import ServingSpec
 from rollout.target import ClusterMode, IdentityMode, NodePool, Target
 
@@ -83,13 +85,10 @@ def observe(
     target: Target,
     objects: Sequence[KubernetesObject],
     *,
+    policy: RolloutPolicy,
     hub_token: str | None,
-    trial: bool = False,
 ) -> Observation:
-    """Ask everything once; `trial` tells that the rollout removes itself at its end.
-
-    Raises only for transient failures and an unreachable hub; the rest are failed checks.
-    """
+    """Ask everything once. Raises only for transient failures and an unreachable hub; the rest are failed checks."""
     observer = _Observer(target)
     observer.checks.append(
         preflight.ok("Hugging Face access", f"{model.repo_id}@{model.short_sha}: {len(model.files)} files may be read")
@@ -98,18 +97,19 @@ def observe(
     _observe_bucket(observer, model)
     _observe_live_version(observer, serving)
     if target.cluster.mode is ClusterMode.KUBECONFIG:
-        preview = _observe_objects(observer, objects)
+        preview = _observe_objects(observer, objects, policy)
     else:
         _observe_project(observer)
         cluster = _observe_cluster(observer)
         _check_provisioning(observer, serving, cluster)
         _observe_identity(observer)
-        preview = _observe_objects(observer, objects) if cluster is not None else None
+        preview = _observe_objects(observer, objects, policy) if cluster is not None else None
         _observe_accelerator(observer, serving, objects, preview)
-        _check_permissions(observer)
+        _check_permissions(observer, cluster)
     _observe_unrecorded(observer, serving, preview)
     live = observer.found.get("live_before")
-    observer.checks.append(preflight.check_trial(live.model if live else None, removes_itself=trial))
+    is_trial = policy.teardown is Teardown.ALWAYS
+    observer.checks.append(preflight.check_trial(live.model if live else None, removes_itself=is_trial))
     if _autoscaler_among(objects) is not None:
         _check_adapter(observer, there=preview is not None)
     _check_fit(observer, model, serving, hub_token)
@@ -129,6 +129,8 @@ def _observe_bucket(observer: _Observer, model: PinnedModel) -> None:
         observer.found["weights_proven"] = proven
         state = "holds the proven weights" if proven else "exists; the weights will be transferred"
         observer.checks.append(preflight.ok(name, f"gs://{observer.target.bucket} {state}"))
+        granted = storage.granted_permissions(preflight.bucket_permissions(observer.target))
+        observer.checks.append(preflight.check_bucket_permissions(granted, observer.target))
 
 
 def _observe_live_version(observer: _Observer, serving: ServingSpec) -> None:
@@ -344,19 +346,27 @@ def _check_adapter(observer: _Observer, *, there: bool) -> None:
         observer.checks.append(check_metrics_adapter(groups))
 
 
-def _check_permissions(observer: _Observer) -> None:
+def _check_permissions(observer: _Observer, cluster: ClusterInfo | None) -> None:
+    target = observer.target
+    wants_pool = target.cluster.node_pool is not None and _live_pool(target, cluster) is None
+    wants_observability = target.cluster.observability and cluster is not None and not cluster.is_observable
     required = preflight.required_permissions(
-        observer.target,
+        target,
         creates_bucket=not observer.found.get("bucket_exists", False),
-        creates_cluster=not observer.found.get("cluster_exists", False),
+        creates_cluster=cluster is None,
+        updates_cluster=wants_pool or wants_observability,
     )
     with observer.asking("permissions"):
         granted = Projects(observer.target).granted_permissions(required)
         observer.checks.append(preflight.check_permissions(required, granted, observer.target))
 
 
-def _observe_objects(observer: _Observer, objects: Sequence[KubernetesObject]) -> ApplyPreview | None:
-    """The server's dry run of everything; None if it refused."""
+def _observe_objects(
+    observer: _Observer, objects: Sequence[KubernetesObject], policy: RolloutPolicy
+) -> ApplyPreview | None:
+    """What we may do in the cluster, and the server's dry run of everything; None if it refused."""
+    with observer.asking(NAME):
+        observer.checks.append(_check_rights(observer, objects, policy))
     with observer.asking("manifests"):
         preview = ClusterClient.connect(observer.target, attempts=LOOK_ATTEMPTS).preview(objects)
         observer.found["object_changes"] = preview.changes
@@ -364,6 +374,17 @@ def _observe_objects(observer: _Observer, objects: Sequence[KubernetesObject]) -
         observer.checks.append(preflight.ok("manifests", f"{len(objects)} objects pass a server-side dry run"))
         return preview
     return None
+
+
+def _check_rights(observer: _Observer, objects: Sequence[KubernetesObject], policy: RolloutPolicy) -> Check:
+    """Asked for all at once: a dry run stops at the first right that is missing, and says nothing of the teardown."""
+    target = observer.target
+    client = ClusterClient.connect(target, attempts=LOOK_ATTEMPTS)
+    # None: whoever may not even look will not make it.
+    exists = observer.optional(lambda: client.namespace_exists(target.namespace)) is not False
+    sends_token = target.hub_token_secret is not None
+    rights = needed_rights(objects, policy, namespace_exists=exists, sends_token=sends_token)
+    return check_rights(client.denied(rights), client.caller(), target.namespace, namespace_exists=exists)
 
 
 def _check_spec(observer: _Observer, serving: ServingSpec, hub_token: str | None) -> None:

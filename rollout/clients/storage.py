@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import requests
@@ -84,6 +84,11 @@ class StorageClient:
             BucketNotOurs: it belongs to somebody else.
         """
         return self._found_bucket() is not None
+
+    def granted_permissions(self, permissions: Iterable[str]) -> frozenset[str]:
+        """Those of `permissions` that the caller has on the bucket."""
+        with _mapped(f"gs://{self.bucket_name}"):
+            return frozenset(self._bucket.test_iam_permissions(list(permissions)))
 
     def ensure_bucket(self, labels: Mapping[str, str] | None = None) -> Change:
         """Create the bucket if it is absent: uniform access, no public access, in the target's region.

@@ -118,7 +118,7 @@ def _remove_objects(work: _Teardown) -> str:
     ours = client.inventory()
     here = work.target.namespace
     labels = [manifest["metadata"].get("labels") or {} for manifest in ours]
-    known = {(here, label[INSTANCE_LABEL]) for label in labels if INSTANCE_LABEL in label} | client.instances()
+    known = {(here, label[INSTANCE_LABEL]) for label in labels if INSTANCE_LABEL in label} | _instances(client)
     neighbours = sorted(known - {(here, work.instance)})
     for change in client.delete(removable(ours, work.instance, neighbours), deadline_s=work.deadline_s):
         work.note(change)
@@ -126,6 +126,14 @@ def _remove_objects(work: _Teardown) -> str:
         return ""
     names = (name if namespace == here else f"{namespace}/{name}" for namespace, name in neighbours)
     return f"still serves {', '.join(names)}"
+
+
+def _instances(client: ClusterClient) -> frozenset[tuple[str, str]]:
+    """(namespace, instance) of all model servers in the cluster; who may not ask must suppose that there are others."""
+    try:
+        return client.instances()
+    except PermissionMissing:
+        return frozenset({("other namespaces", "whatever the caller may not list")})
 
 
 def _remove_identity(work: _Teardown, shared_by: str) -> None:
@@ -181,7 +189,10 @@ def _used_by_others(work: _Teardown, cluster: ClusterInfo) -> str:
     """What somebody else runs in a cluster of ours: it would go with it."""
     if cluster.connection is None:
         return ""
-    foreign = ClusterClient.connect(work.target).foreign_pods()
+    try:
+        foreign = ClusterClient.connect(work.target).foreign_pods()
+    except PermissionMissing:
+        return "may run pods that the caller may not list"
     return f"runs {', '.join(foreign[:3])}, which is not ours" if foreign else ""
 
 
@@ -259,7 +270,7 @@ def _inventory_of_objects(work: _Teardown) -> None:
         client = ClusterClient.connect(work.target)
     except NotFound:
         return
-    neighbours = client.instances() - {(work.target.namespace, work.instance)}
+    neighbours = _instances(client) - {(work.target.namespace, work.instance)}
     kept = {(change.kind, change.name) for change in work.kept}
     for manifest in removable(client.inventory(), work.instance, neighbours):
         if (manifest["kind"], object_name(manifest)) not in kept:

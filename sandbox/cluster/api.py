@@ -1,8 +1,8 @@
 """The API server's routes: discovery, objects, lists, watches, patches, and the connections to pods.
 
 Simulated as a real API server answers: statuses, bodies, warnings, watch events, dry runs, field validation. Not
-simulated: protobuf and CBOR bodies, `Table` answers, OpenAPI documents (404), SPDY, exec and attach, RBAC (whoever
-presents the server's token may do everything).
+simulated: protobuf and CBOR bodies, `Table` answers, OpenAPI documents (404), SPDY, exec and attach. What a caller may
+do is judged by `rbac`; whoever presents the server's own token may do everything.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import binascii
 import contextlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import yaml
 from aiohttp import web
 
-from sandbox.cluster import errors, fields, patch
+from sandbox.cluster import errors, fields, patch, rbac
 from sandbox.cluster.errors import ApiError, bad_request
+from sandbox.cluster.rbac import COLLECTION_VERBS, NAMED_VERBS, Action, Authorizer, Callers, User
 from sandbox.cluster.registry import Deletion, Registry, Writer, decode
 from sandbox.cluster.resources import BUILT_IN, CUSTOM, POD, SERVICE, Resource
 from sandbox.cluster.selectors import Matcher, field_matcher, is_subset, label_matcher
@@ -35,11 +36,10 @@ BOOKMARK_LEAD_S = 2.0
 
 _MERGE, _STRATEGIC = "application/merge-patch+json", "application/strategic-merge-patch+json"
 _JSON_PATCH, _APPLY = "application/json-patch+json", "application/apply-patch+yaml"
-_ALLOWED_REVIEW = ("authorization.k8s.io", "v1", "selfsubjectaccessreviews")
+_ACCESS_REVIEW = ["authorization.k8s.io", "v1", "selfsubjectaccessreviews"]
+_SELF_REVIEW = ["authentication.k8s.io", "v1", "selfsubjectreviews"]
 
 logger = logging.getLogger(__name__)
-_NAMED_VERBS = {"GET": "get", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
-_COLLECTION_VERBS = {"GET": "list", "POST": "create", "DELETE": "deletecollection"}
 
 _API_VERSIONS = {
     "kind": "APIVersions",
@@ -85,7 +85,8 @@ class Api:
         registry: Registry,
         pods: PodConnections,
         gate: Gate,
-        token: str | None,
+        callers: Callers,
+        authorizer: Authorizer,
         served: tuple[Resource, ...],
         *,
         aggregated: tuple[tuple[str, str], ...] = (),
@@ -95,13 +96,14 @@ class Api:
         self._store: Store = registry.store
         self._pods = pods
         self._gate = gate
-        self._token = token
+        self._callers = callers
+        self._authorizer = authorizer
         self._by_path = {(each.group, each.version, each.plural): each for each in served}
         self._groups = sorted({(each.group, each.version) for each in served if each.group} | set(aggregated))
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         try:
-            self._authenticate(request)
+            self._caller(request)
             refusal = self._gate.refusal(dict(request.query))
             if refusal is not None:
                 raise refusal
@@ -113,26 +115,20 @@ class Api:
             internal = ApiError(500, "InternalError", f"Internal error occurred: {error}")
             return web.json_response(internal.status(), status=internal.code)
 
-    def _authenticate(self, request: web.Request) -> None:
-        """401 for a wrong token; without one a request is anonymous, and `_require_user` decides."""
-        offered = request.headers.get("Authorization", "")
-        if self._token is not None and offered and offered != f"Bearer {self._token}":
-            raise ApiError(401, "Unauthorized", "Unauthorized")
+    def _caller(self, request: web.Request) -> User:
+        """Who asks; 401 for a token that is nobody's."""
+        return self._callers.known_by(request.headers.get("Authorization", ""))
 
-    def _require_user(self, request: web.Request, at: Address | None) -> None:
-        if self._token is None or request.headers.get("Authorization"):
-            return
-        who = 'User "system:anonymous"'
-        if at is None:
-            message = f'forbidden: {who} cannot {request.method.lower()} path "{request.path}"'
-            raise ApiError(403, "Forbidden", message, {})
-        verbs = _NAMED_VERBS if at.name is not None else _COLLECTION_VERBS
-        verb, resource = verbs.get(request.method, request.method.lower()), at.resource
-        scope = f'in the namespace "{at.namespace}"' if at.namespace else "at the cluster scope"
-        head = errors.qualified(resource.group, resource.plural) + (f' "{at.name}"' if at.name else "")
-        message = f'{head} is forbidden: {who} cannot {verb} resource "{resource.plural}" in API group '
-        details = ({"name": at.name} if at.name else {}) | ({"group": resource.group} if resource.group else {})
-        raise ApiError(403, "Forbidden", f'{message}"{resource.group}" {scope}', details | {"kind": resource.plural})
+    def _authorize(self, request: web.Request, at: Address) -> None:
+        """403 unless the caller may do what it asks for. The name in a field selector counts, as in a path."""
+        selector, _, value = request.query.get("fieldSelector", "").partition("=")
+        selected = value if (request.method, selector) == ("GET", "metadata.name") else ""
+        watch = request.query.get("watch") in ("1", "true")
+        asked = rbac.action(request.method, at.resource, at.namespace, at.name, at.subresource, watch=watch)
+        self._authorizer.require(self._caller(request), replace(asked, name=at.name or selected))
+        if at.subresource == "portforward" and request.method == "GET":
+            # Since 1.35 a websocket must be allowed what SPDY's POST always had to be allowed.
+            self._authorizer.require(self._caller(request), replace(asked, verb="create"))
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
         parts = [part for part in request.path.split("/") if part]
@@ -141,19 +137,31 @@ class Api:
         if parts == ["version"]:
             return web.json_response(VERSION)
         if parts[:1] in (["api"], ["apis"]) and len(parts) < (3 if parts[0] == "api" else 4):
-            self._require_user(request, None)
+            rbac.require_path(self._caller(request), request.method, request.path)
         if parts[:1] == ["api"]:
             return await self._in_group(request, "", parts[1:], ["v1"])
         if parts[:1] == ["apis"]:
             if len(parts) == 1:
                 return web.json_response(self._group_list())
             versions = [version for group, version in self._groups if group == parts[1]]
-            if tuple([*parts[1:], "", "", ""][:3]) == _ALLOWED_REVIEW and request.method == "POST":
+            if parts[1:] in (_ACCESS_REVIEW, _SELF_REVIEW) and request.method == "POST":
                 review = await self._body(request)
-                return web.json_response(review | {"status": {"allowed": True}}, status=201)
+                answer = self._who if parts[1:] == _SELF_REVIEW else self._may
+                return web.json_response(review | {"status": answer(self._caller(request), review)}, status=201)
             if versions:
                 return await self._in_group(request, parts[1], parts[2:], versions)
         return _page_not_found()
+
+    def _who(self, user: User, review: dict[str, Any]) -> dict[str, Any]:
+        return {"userInfo": {"username": user.name, "groups": list(user.groups)}}
+
+    def _may(self, user: User, review: dict[str, Any]) -> dict[str, Any]:
+        asked = review["spec"]["resourceAttributes"]
+        plural = "/".join(part for part in (asked.get("resource"), asked.get("subresource")) if part)
+        wanted = Action(
+            asked.get("verb", ""), asked.get("group", ""), plural, asked.get("namespace", ""), asked.get("name", "")
+        )
+        return {"allowed": self._authorizer.allows(user, wanted)}
 
     async def _in_group(
         self, request: web.Request, group: str, parts: list[str], versions: list[str]
@@ -183,14 +191,14 @@ class Api:
         return Address(resource, namespace, name, subresource, "/".join(path[3:]))
 
     async def _dispatch(self, request: web.Request, at: Address) -> web.StreamResponse:
-        self._require_user(request, at)
+        self._authorize(request, at)
         if at.subresource in ("log", "portforward", "proxy"):
             return await self._connect(request, at)
         if at.subresource == "scale":
             return await self._scale(request, at)
         if at.name is None:
             return await self._collection(request, at)
-        verb = _NAMED_VERBS.get(request.method)
+        verb = NAMED_VERBS.get(request.method)
         if verb is None or verb not in at.resource.verbs or (at.subresource and verb == "delete"):
             raise errors.method_not_allowed()
         if verb == "get":
@@ -204,7 +212,7 @@ class Api:
         return await self._delete(request, at)
 
     async def _collection(self, request: web.Request, at: Address) -> web.StreamResponse:
-        verb = _COLLECTION_VERBS.get(request.method)
+        verb = COLLECTION_VERBS.get(request.method)
         if verb is None or verb not in at.resource.verbs:
             raise errors.method_not_allowed()
         if verb == "list":
@@ -452,9 +460,12 @@ class Api:
         self._check_kind(at.resource, config)
         config = self._applied_config(at, config)
         writer = self._writer(request, at)
+        if self._store.get(at.resource, at.namespace or "", at.name) is None:
+            created = rbac.action("POST", at.resource, at.namespace, at.name, "", watch=False)
+            self._authorizer.require(self._caller(request), created)
         force = request.query.get("force") in ("1", "true")
-        obj, created = self._registry.apply(at.resource, config, at.namespace or "", at.name, writer, force=force)
-        return web.json_response(obj, status=201 if created else 200)
+        obj, is_new = self._registry.apply(at.resource, config, at.namespace or "", at.name, writer, force=force)
+        return web.json_response(obj, status=201 if is_new else 200)
 
     def _applied_config(self, at: Address, config: dict[str, Any]) -> dict[str, Any]:
         metadata = config.get("metadata") or {}

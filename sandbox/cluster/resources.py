@@ -120,6 +120,19 @@ JOB = Resource(
 ENDPOINT_SLICE = Resource(
     "discovery.k8s.io", "v1", "EndpointSlice", "endpointslices", model="V1EndpointSlice", has_generation=True
 )
+ROLE = Resource("rbac.authorization.k8s.io", "v1", "Role", "roles", model="V1Role")
+ROLE_BINDING = Resource("rbac.authorization.k8s.io", "v1", "RoleBinding", "rolebindings", model="V1RoleBinding")
+CLUSTER_ROLE = Resource(
+    "rbac.authorization.k8s.io", "v1", "ClusterRole", "clusterroles", namespaced=False, model="V1ClusterRole"
+)
+CLUSTER_ROLE_BINDING = Resource(
+    "rbac.authorization.k8s.io",
+    "v1",
+    "ClusterRoleBinding",
+    "clusterrolebindings",
+    namespaced=False,
+    model="V1ClusterRoleBinding",
+)
 CRD = Resource(
     "apiextensions.k8s.io",
     "v1",
@@ -193,8 +206,10 @@ BUILT_IN: tuple[Resource, ...] = (
     ),
     ENDPOINT_SLICE,
     Resource("coordination.k8s.io", "v1", "Lease", "leases", model="V1Lease", zero={"spec": {}}),
-    Resource("rbac.authorization.k8s.io", "v1", "Role", "roles", model="V1Role"),
-    Resource("rbac.authorization.k8s.io", "v1", "RoleBinding", "rolebindings", model="V1RoleBinding"),
+    ROLE,
+    ROLE_BINDING,
+    CLUSTER_ROLE,
+    CLUSTER_ROLE_BINDING,
     CRD,
 )
 

@@ -30,6 +30,7 @@ from sandbox.cluster.errors import ApiError
 from sandbox.cluster.events import Recorder
 from sandbox.cluster.jobs import JobController
 from sandbox.cluster.nodes import Machine, NodePlan, NodePool, NodeSettings
+from sandbox.cluster.rbac import Authorizer, Callers, User, service_account
 from sandbox.cluster.registry import Registry, Writer
 from sandbox.cluster.resources import CRD, CUSTOM, NAMESPACE, NODE, POD, definition
 from sandbox.cluster.scheduler import NodeRemover, Scheduler
@@ -98,7 +99,9 @@ class KubernetesServer(LoopbackServer):
     the engine plays, and inference-perf's. `identity_of` tells which IAM member a pod is. `environment` goes into every
     container.
     `on_node` is told of every node that comes ("ADDED") or goes ("DELETED"), in the server's loop.
-    `token` is the only accepted bearer token when it is given. Settings of nodes and agents may be changed later
+    `token` is the administrator's when it is given; without it whoever calls is one. Service accounts have tokens of
+    their own (`service_account_token`) and the rights that Roles give them. `without_token` is who calls without one.
+    Settings of nodes and agents may be changed later
     through `nodes` and `agent_settings`.
     """
 
@@ -109,6 +112,7 @@ class KubernetesServer(LoopbackServer):
         port: int = 0,
         tls: bool = False,
         token: str | None = None,
+        without_token: User | None = None,
         runners: Mapping[str, Sequence[str]] | None = None,
         identity_of: IdentityOf | None = None,
         environment: Mapping[str, str] | None = None,
@@ -124,6 +128,8 @@ class KubernetesServer(LoopbackServer):
         self.ca_pem = authority.ca_pem if authority is not None else ""
         self.root = root
         self.token = token
+        self._callers = Callers(token, without_token)
+        self.authorizer: Authorizer
         self.faults = Faults()
         self.nodes = nodes if nodes is not None else NodeSettings()
         self._autoscaler_settings = autoscaler if autoscaler is not None else AutoscalerSettings()
@@ -150,6 +156,7 @@ class KubernetesServer(LoopbackServer):
 
     def build_app(self) -> web.Application:
         self._store = Store()
+        self.authorizer = Authorizer(self._store)
         self._registry = Registry(self._store)
         if self._on_node is not None:
             self._store.listen(self._tell_of_nodes)
@@ -172,7 +179,15 @@ class KubernetesServer(LoopbackServer):
         )
         autoscalers = HorizontalPodAutoscalers(self._registry, recorder, self._agents, self._autoscaler_settings)
         aggregated = (CUSTOM_METRICS,) if self._autoscaler_settings.metrics_adapter else ()
-        api = Api(self._registry, self._agents, self.faults, self.token, served_resources(), aggregated=aggregated)
+        api = Api(
+            self._registry,
+            self._agents,
+            self.faults,
+            self._callers,
+            self.authorizer,
+            served_resources(),
+            aggregated=aggregated,
+        )
         self._furnish()
         app = web.Application(client_max_size=16 * 1024 * 1024)
         app.router.add_route("*", "/{path:.*}", api.serve)
@@ -204,14 +219,19 @@ class KubernetesServer(LoopbackServer):
         for resource in CUSTOM:
             self._registry.create(CRD, definition(resource), "", writer)
 
-    def kubeconfig(self, path: Path) -> Path:
-        """Write a kubeconfig for this cluster, and return its path."""
+    def service_account_token(self, namespace: str, name: str) -> str:
+        """A token by which the API server knows a service account."""
+        return self._callers.issue(service_account(namespace, name))
+
+    def kubeconfig(self, path: Path, *, token: str | None = None) -> Path:
+        """Write a kubeconfig for this cluster, with `token` or the administrator's, and return its path."""
         cluster: dict[str, Any] = {"server": self.url}
         if self.ca_pem:
             ca_file = self.root / "tls" / "ca.crt"
             ca_file.write_text(self.ca_pem, encoding="ascii")
             cluster["certificate-authority"] = str(ca_file)
-        user = {"token": self.token} if self.token else {}
+        token = token or self.token
+        user = {"token": token} if token else {}
         config = {
             "apiVersion": "v1",
             "kind": "Config",

@@ -169,7 +169,7 @@ _VERBS = {
     "gkerecommender.locations": "generateOptimizedManifest",
     "billing.resourceAssociations": "create delete list",
 }
-_KNOWN_PERMISSIONS = frozenset(f"{group}.{verb}" for group, verbs in _VERBS.items() for verb in verbs.split())
+KNOWN_PERMISSIONS = frozenset(f"{group}.{verb}" for group, verbs in _VERBS.items() for verb in verbs.split())
 """Enough of IAM's catalogue to refuse a misspelt permission, as testIamPermissions does."""
 
 
@@ -180,7 +180,7 @@ def tested_permissions(permissions: Collection[str], denied: Collection[str]) ->
             raise ApiError(
                 "INVALID_ARGUMENT", "Permission names may not contain wildcards ('*'): " + permission, legacy=False
             )
-        if permission not in _KNOWN_PERMISSIONS:
+        if permission not in KNOWN_PERMISSIONS:
             raise ApiError("INVALID_ARGUMENT", f"Permission {permission} is not valid for this resource.", legacy=False)
     granted = [permission for permission in permissions if permission not in denied]
     return {"permissions": granted} if granted else {}

@@ -38,7 +38,7 @@ def test_somebody_elses_project_is_a_missing_permission(
 def test_only_the_permissions_that_the_caller_has_are_granted(
     google_target: Target, google_apis: GoogleApisServer
 ) -> None:
-    wanted = set(required_permissions(google_target, creates_bucket=True, creates_cluster=True))
+    wanted = set(required_permissions(google_target, creates_bucket=True, creates_cluster=True, updates_cluster=True))
     google_apis.deny("container.clusters.create")
 
     assert Projects(google_target).granted_permissions(wanted) == wanted - {"container.clusters.create"}

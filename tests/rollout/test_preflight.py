@@ -1,10 +1,16 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from rollout.errors import PreflightFailed
 from rollout.preflight import (
     AUTO_CREATION_SINCE,
+    OPTIONAL_PERMISSIONS,
     CheckState,
+    bucket_permissions,
     check_billing,
+    check_bucket_permissions,
     check_cluster_version,
     check_gpu_quota,
     check_hub_token,
@@ -51,19 +57,54 @@ def test_missing_permissions_are_all_named() -> None:
 
 
 def test_only_what_the_plan_needs_is_asked_for() -> None:
-    everything = required_permissions(TARGET, creates_bucket=True, creates_cluster=True)
+    everything = required_permissions(TARGET, creates_bucket=True, creates_cluster=True, updates_cluster=False)
     assert {"storage.buckets.create", "container.clusters.create", "iam.serviceAccounts.setIamPolicy"} <= set(
         everything
     )
-    nothing_new = required_permissions(TARGET, creates_bucket=False, creates_cluster=False)
+    nothing_new = required_permissions(TARGET, creates_bucket=False, creates_cluster=False, updates_cluster=False)
     assert not {"storage.buckets.create", "container.clusters.create"} & set(nothing_new)
+
+
+def test_the_workers_custom_roles_hold_exactly_what_the_preflight_asks_for() -> None:
+    readme = (
+        (Path(__file__).parents[2] / "deployments/worker/README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    )
+    found = re.findall(r"gcloud iam roles create (\w+) --project=PROJECT --permissions=([\w.,]+)", readme)
+    roles = {name: permissions.split(",") for name, permissions in found}
+    direct = TARGET.model_copy(update={"identity": IdentityMode.DIRECT})
+    on_project = required_permissions(direct, creates_bucket=False, creates_cluster=False, updates_cluster=True)
+    with_account = required_permissions(TARGET, creates_bucket=False, creates_cluster=False, updates_cluster=True)
+    everything = required_permissions(direct, creates_bucket=True, creates_cluster=True, updates_cluster=True)
+    bucket = set(bucket_permissions(direct))
+    developer = {"container.deployments.create", "container.services.create"}
+    assert roles == {
+        "llmRollout": sorted({*on_project, *OPTIONAL_PERMISSIONS}),
+        "llmRolloutBucket": sorted(bucket),
+        "llmRolloutIdentity": sorted(set(with_account) - set(on_project)),
+        "llmRolloutMaker": sorted(set(everything) - set(on_project) - bucket - developer),
+    }
+
+
+def test_rights_on_an_existing_bucket_are_asked_of_the_bucket() -> None:
+    wanted = bucket_permissions(TARGET)
+    assert check_bucket_permissions(wanted, TARGET).state is CheckState.OK
+    check = check_bucket_permissions(set(wanted) - {"storage.buckets.setIamPolicy"}, TARGET)
+    assert (check.state, check.why) == (CheckState.FAILED, "missing on gs://my-bucket: storage.buckets.setIamPolicy")
+    assert "gs://my-bucket" in check.resolution
+
+
+def test_what_is_done_in_a_cluster_that_exists_is_not_asked_of_the_project() -> None:
+    exists = required_permissions(TARGET, creates_bucket=False, creates_cluster=False, updates_cluster=False)
+    assert [name for name in exists if name.startswith("container.")] == ["container.clusters.get"]
 
 
 def test_direct_identity_needs_no_service_account_api() -> None:
     direct = TARGET.model_copy(update={"identity": IdentityMode.DIRECT})
     assert "iam" not in required_services(direct)
     assert not [
-        name for name in required_permissions(direct, creates_bucket=False, creates_cluster=False) if "iam" in name
+        name
+        for name in required_permissions(direct, creates_bucket=False, creates_cluster=False, updates_cluster=False)
+        if "iam" in name
     ]
 
 
