@@ -41,7 +41,8 @@ def pin_model(spec: RolloutSpec) -> Outcome[PinnedModel]:
 def observe_target(spec: RolloutSpec, model: PinnedModel, scaling: Autoscaling | None = None) -> Outcome[Observation]:
     """Read what exists and run every preflight check. Failed checks are shown all at once by `plan_rollout`."""
     objects = _objects(spec, model, scaling)
-    observed = observe(model, spec.serving, spec.target, objects, hub_token=hub_token(spec.target))
+    delivery = spec.policy.delivery
+    observed = observe(model, spec.serving, spec.target, objects, delivery, hub_token=hub_token(spec.target))
     rows = [
         {"check": check.name, "state": check.state.value, "why": check.why, "what to do": check.resolution}
         for check in observed.checks

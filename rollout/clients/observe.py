@@ -26,6 +26,7 @@ from rollout.clients.iam import (
 from rollout.clients.projects import Projects
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import read_provenance
+from rollout.delivery import DeliveryStrategy
 from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
 from rollout.fit import check_context_window, check_ephemeral_storage, check_memory
 from rollout.model import PinnedModel
@@ -33,6 +34,7 @@ from rollout.objects import WeightsSource, uses_compute_class
 from rollout.plan import Observation
 from rollout.preflight import Check
 from rollout.rendering import KubernetesObject
+from rollout.revisions import revision_of, revisions_in
 from rollout.serving import ServingSpec
 from rollout.target import ClusterMode, IdentityMode, NodePool, Target
 
@@ -77,6 +79,7 @@ def observe(
     serving: ServingSpec,
     target: Target,
     objects: Sequence[KubernetesObject],
+    strategy: DeliveryStrategy,
     *,
     hub_token: str | None,
 ) -> Observation:
@@ -95,7 +98,7 @@ def observe(
         _check_provisioning(observer, serving, cluster)
         _observe_identity(observer)
         preview = _observe_objects(observer, objects) if cluster is not None else None
-        _observe_accelerator(observer, serving, objects, preview)
+        _observe_accelerator(observer, serving, objects, strategy, preview)
         _check_permissions(observer)
     if _autoscaler_among(objects) is not None:
         _check_adapter(observer, there=preview is not None)
@@ -231,7 +234,11 @@ def _live_pool(target: Target, cluster: ClusterInfo | None) -> NodePool | None:
 
 
 def _observe_accelerator(
-    observer: _Observer, serving: ServingSpec, objects: Sequence[KubernetesObject], preview: ApplyPreview | None
+    observer: _Observer,
+    serving: ServingSpec,
+    objects: Sequence[KubernetesObject],
+    strategy: DeliveryStrategy,
+    preview: ApplyPreview | None,
 ) -> None:
     """Whether the region has the accelerator, and room for the pods: on nodes, in the quota, in the node pool."""
     target, wanted = observer.target, serving.accelerator
@@ -243,11 +250,14 @@ def _observe_accelerator(
         return
     quota = (observer.optional(compute.quotas) or {}).get(kind.quota_metric)
     deployment = next(manifest for manifest in objects if manifest["kind"] == "Deployment")
-    running, there = 0, NodeRoom(nodes=0, idle_gpus=0)
+    running, there, others = 0, NodeRoom(nodes=0, idle_gpus=0), set[str]()
     if preview is not None:
         client = ClusterClient.connect(target)
         live = client.find(deployment)
         running = live["spec"]["replicas"] if live else 0
+        if strategy.by_revisions:
+            own = revision_of(deployment, serving)
+            others = {each for each in revisions_in(client.inventory(), serving) if each != own}
         selector = deployment["spec"]["template"]["spec"]["nodeSelector"]
         there = observer.optional(lambda: client.gpu_room(selector, wanted.count)) or there
     pool = None if uses_compute_class(serving, target) else target.cluster.node_pool
@@ -278,7 +288,9 @@ def _observe_accelerator(
         if diff.kind == "Deployment"
         for field in diff.fields
     )
-    observer.checks.append(check_surge(serving, room, replaces_pods=replaced))
+    observer.checks.append(
+        check_surge(serving, strategy, room, running=running, replaces_pods=replaced or bool(others))
+    )
 
 
 def _autoscaler_among(objects: Sequence[KubernetesObject]) -> KubernetesObject | None:
