@@ -6,7 +6,7 @@ pool that was edited stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any, cast
 
@@ -18,18 +18,18 @@ from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
     WorkPoolCreate,
 )
-from prefect.events import ResourceSpecification
 from prefect.events.actions import SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.variables import Variable
 from pydantic import SecretStr
 
-from flows.hooks import OUTCOME_EVENT_PREFIX
 from rollout.errors import BadInput
 from rollout.report import Action, Change
 from rollout.target import Target
+from tasks.janitor import FLOWS
 from tasks.limits import gpu_limit, target_limit
+from tasks.outcomes import ANNOUNCED_FLOWS, EXPIRED_PAUSE, OUTCOME_EVENT_PREFIX
 
 LAPTOP_POOL = "laptop"
 CLUSTER_POOL = "cluster"
@@ -44,16 +44,22 @@ PLACEHOLDER_TOKEN = "put-your-hugging-face-token-here"
 
 _SUBJECTS = {
     "failed": "A rollout failed",
-    "crashed": "A rollout's worker died",
     "rolled-back": "A rollout was rolled back; the old version serves",
     "objectives-missed": "A rollout missed its objectives",
+    "not-approved": "A rollout was not approved; nothing was changed",
     "done": "A rollout is done",
 }
+"""Ends that only the run itself can tell apart: by its own event. The others are told by the server's word alone, which
+comes exactly once whoever ended the run: its process, its worker, the server or the janitor."""
 _OUTCOME_BODY = (
     "{{ event.payload.request.model }} on {{ event.payload.request.target }}: {{ event.payload.detail }}\n"
     "Run: {{ event.resource.name }}"
 )
-_WAITING = "waiting for approval"
+_FAILED, _CRASHED, _CANCELLED = (f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "Cancelled"))
+_WAITING = ("prefect.flow-run.Suspended", "prefect.flow-run.Paused")
+_DEPLOYED = {"prefect.resource.role": "deployment"}
+_WAITING_BODY = "{{ flow_run.name }} shows its plan and waits: {{ flow_run|ui_url }}"
+_RUN_BODY = "{{ flow_run.name }}: {{ flow_run.state.message }}\n{{ flow_run|ui_url }}"
 
 
 def bootstrap(
@@ -103,36 +109,43 @@ def cluster_pool_template() -> dict[str, Any]:
 
 
 def notifications(block_id: Any) -> tuple[AutomationCore, ...]:
-    """The automations that tell people: failed, crashed, rolled back, objectives missed, done, waiting for approval."""
-    outcomes = [
-        _notification(f"llm-rollout: {outcome}", [OUTCOME_EVENT_PREFIX + outcome], {}, block_id, subject, _OUTCOME_BODY)
-        for outcome, subject in _SUBJECTS.items()
-    ]
-    waiting = _notification(
-        f"llm-rollout: {_WAITING}",
-        ["prefect.flow-run.Suspended", "prefect.flow-run.Paused"],
-        {"prefect.resource.role": "flow", "prefect.resource.name": "rollout-model"},
-        block_id,
-        "A rollout waits for your approval",
-        "{{ flow_run.name }} shows its plan and waits: {{ flow_run|ui_url }}",
-    )
-    return (*outcomes, waiting)
+    """The automations that tell people of every end of a run, exactly once, and of runs that wait for approval."""
 
+    def tell(name: str, events: Sequence[str], subject: str, body: str, **where: Any) -> AutomationCore:
+        return AutomationCore(
+            name=f"llm-rollout: {name}",
+            description="Made by `llm-rollout bootstrap`; it is brought up to date when that runs again.",
+            trigger=EventTrigger(expect=set(events), posture=Posture.Reactive, threshold=1, **where),
+            actions=[SendNotification(block_document_id=block_id, subject=subject, body=body)],
+        )
 
-def _notification(
-    name: str, events: Sequence[str], related: Mapping[str, Any], block_id: Any, subject: str, body: str
-) -> AutomationCore:
-    return AutomationCore(
-        name=name,
-        description="Made by `llm-rollout bootstrap`; it is brought up to date when that runs again.",
-        trigger=EventTrigger(
-            expect=set(events),
-            match_related=ResourceSpecification.model_validate(dict(related)),
-            posture=Posture.Reactive,
-            threshold=1,
+    quiet = sorted(set(FLOWS) - set(ANNOUNCED_FLOWS))  # flows without an event of their own
+    # Only a run of a deployment is ended by the server: any other waits in a process, which tells of its end itself.
+    expired = {
+        "match": {"prefect.state-message": f"{EXPIRED_PAUSE}*"},
+        "match_related": [_runs_of(ANNOUNCED_FLOWS), _DEPLOYED],
+    }
+    return (
+        *(tell(name, [OUTCOME_EVENT_PREFIX + name], subject, _OUTCOME_BODY) for name, subject in _SUBJECTS.items()),
+        tell(
+            "nobody answered", [_FAILED], "Nobody approved a rollout in time; nothing was changed", _RUN_BODY, **expired
         ),
-        actions=[SendNotification(block_document_id=block_id, subject=subject, body=body)],
+        tell("crashed", [_CRASHED], "A run's worker died", _RUN_BODY, match_related=_runs_of(FLOWS)),
+        tell("cancelled", [_CANCELLED], "A run was cancelled", _RUN_BODY, match_related=_runs_of(FLOWS)),
+        tell("operation failed", [_FAILED], "A run failed", _RUN_BODY, match_related=_runs_of(quiet)),
+        tell(
+            "waiting for approval",
+            _WAITING,
+            "A rollout waits for your approval",
+            _WAITING_BODY,
+            match_related=_runs_of(ANNOUNCED_FLOWS),
+        ),
     )
+
+
+def _runs_of(flows: Sequence[str]) -> dict[str, Any]:
+    """Matches what the server says of runs of these flows."""
+    return {"prefect.resource.role": "flow", "prefect.resource.name": list(flows)}
 
 
 def _ensure_pool(client: SyncPrefectClient, name: str, kind: str, description: str, template: dict[str, Any]) -> Change:

@@ -7,27 +7,24 @@ from the run's parameters and from the records in the bucket.
 from __future__ import annotations
 
 import logging
-import uuid
 from datetime import timedelta
 from typing import Any
 
 from prefect import Flow
 from prefect.client.schemas.objects import FlowRun
-from prefect.events import emit_event
 from prefect.states import State
 from pydantic import ValidationError
 
 from rollout.clients.records import RecordStore
 from rollout.clients.restore import take_back
 from rollout.clients.sweeping import sweep
-from rollout.errors import NotApproved, ObjectivesMissed, RolledBack, RolloutError
+from rollout.errors import RolloutError
 from rollout.ledger import abandoned
-from rollout.record import RolloutReport
 from rollout.report import utc_now
 from rollout.request import RolloutRequest, resolve
-
-OUTCOME_EVENT_PREFIX = "llm-rollout.rollout."
-"""Followed by `done`, `failed`, `rolled-back`, `objectives-missed`, `not-approved`, `cancelled` or `crashed`."""
+from rollout.target import Target
+from tasks.limits import LEASE_S, target_alone_after
+from tasks.outcomes import announce
 
 _AT_ONCE = timedelta(0)
 """No grace: the run is known to be over."""
@@ -35,68 +32,44 @@ _AT_ONCE = timedelta(0)
 CLEAN_UP_DEADLINE_S = 600.0
 """A runner waits for its hooks; what takes longer (a cluster) is the janitor's."""
 
-logger = logging.getLogger("prefect.flow_runs.hooks")
+PATIENCE_S = 3 * LEASE_S
+"""How long the hook waits for the target: a dead run's own lease ends after one, so this waits out a slow server too. A
+rollout of somebody else takes longer, and is not waited for: a cancelled run shows its end only after its hooks."""
 
-_OUTCOMES: dict[type[BaseException], str] = {
-    RolledBack: "rolled-back",
-    ObjectivesMissed: "objectives-missed",
-    NotApproved: "not-approved",
-}
+logger = logging.getLogger("prefect.flow_runs.hooks")
 
 
 def announce_outcome(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """One event for the end of a rollout: what notifications and other pipelines listen to."""
-    outcome, detail = outcome_of(state)
-    parameters = flow_run.parameters.get("request") or {}
-    emit_event(
-        event=OUTCOME_EVENT_PREFIX + outcome,
-        resource={
-            "prefect.resource.id": f"llm-rollout.run.{flow_run.id}",
-            "prefect.resource.name": flow_run.name,
-            "llm-rollout.outcome": outcome,
-        },
-        related=[
-            {
-                "prefect.resource.id": f"prefect.flow-run.{flow_run.id}",
-                "prefect.resource.role": "flow-run",
-                "prefect.resource.name": flow_run.name,
-            }
-        ],
-        payload={"flow": flow.name, "detail": detail, "request": parameters},
-        id=uuid.uuid5(flow_run.id, f"{OUTCOME_EVENT_PREFIX}{state.id}"),
-    )
-
-
-def outcome_of(state: State[Any]) -> tuple[str, str]:
-    """(outcome, one line of detail) of a final state."""
-    if state.is_completed():
-        return "done", ""
-    if state.is_cancelled():
-        return "cancelled", state.message or ""
-    if state.is_crashed():
-        return "crashed", state.message or ""
-    error = state.result(raise_on_failure=False)
-    outcome = next((name for kind, name in _OUTCOMES.items() if isinstance(error, kind)), "failed")
-    return outcome, str(error)
+    """One event for the end of a rollout, by the run's own hook."""
+    announce(flow.name, flow_run, state)
 
 
 def clean_up_killed(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Do the teardown that the policy of a cancelled or crashed run asks for, as far as the run did not do it itself.
 
-    A failure here is logged and left to the janitor, which tries again every hour.
+    Alone on the target: a run that was queued behind this one may have taken it over, and may be delivering the same
+    revision. A failure here, or a target that stays taken, is logged and left to the janitor, which tries again every
+    hour, and to the next rollout, which settles the traffic.
     """
     try:
         request = RolloutRequest.model_validate(flow_run.parameters.get("request"))
         target = resolve(request).target
-        records = list(RecordStore(target).read_all())
-        mine: list[RolloutReport] = [record for record in records if record.run_id == str(flow_run.id)]
-        if not mine:
+        if not any(record.run_id == str(flow_run.id) for record in RecordStore(target).read_all()):
             return  # it died before it changed anything
-        for record in mine:
-            take_back(record)
-        others = [record.run_id for record in records if record.run_id != str(flow_run.id)]
-        for item in abandoned(records, (), others, utc_now(), grace=_AT_ONCE):
-            report = sweep(target, item, deadline_s=CLEAN_UP_DEADLINE_S)
-            logger.info("%s %s: %d things removed", flow.name, state.name, len(report.removed))
+        from_deployment = flow_run.deployment_id is not None
+        with target_alone_after(target.name, from_deployment=from_deployment, patience_s=PATIENCE_S):
+            _clean_up(target, str(flow_run.id), f"{flow.name} {state.name}")
     except (RolloutError, ValidationError) as error:
         logger.warning("the clean-up after %s did not finish, the janitor will: %s", flow_run.name, error)
+
+
+def _clean_up(target: Target, run_id: str, what: str) -> None:
+    """Take back what the run left half done, and remove what it owes; by the records as they are now."""
+    records = list(RecordStore(target).read_all())
+    for record in records:
+        if record.run_id == run_id:
+            take_back(record)
+    others = [record.run_id for record in records if record.run_id != run_id]
+    for item in abandoned(records, (), others, utc_now(), grace=_AT_ONCE):
+        report = sweep(target, item, deadline_s=CLEAN_UP_DEADLINE_S)
+        logger.info("%s: %d things removed", what, len(report.removed))

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from rollout.errors import BadInput
+
+if TYPE_CHECKING:
+    from rollout.record import RolloutReport
 
 TargetOption = Annotated[
     str, typer.Option("--target", "-t", help="Environment in deployments/targets/, or a YAML file.")
@@ -53,6 +56,9 @@ def bootstrap(
 @contextmanager
 def told_to_ci(record: Path, *, junit: Path | None, summary: Path | None) -> Iterator[None]:
     """Write what CI asked for, from the record on disk; whether the block succeeds, fails or is killed."""
+    from rollout.clients.records import read_local
+    from rollout.summary import summary_markdown
+
     before = _written_at(record)
     # Prefect lets the flow tear down after a SIGTERM, and then hands the signal on to the handler from before: the
     # default one would end the process on the spot.
@@ -61,7 +67,8 @@ def told_to_ci(record: Path, *, junit: Path | None, summary: Path | None) -> Ite
         yield
     finally:
         if _written_at(record) != before:  # an earlier rollout's record must not speak for this one
-            _tell(record, junit, summary)
+            report = read_local(record)
+            _tell(report, summary_markdown(report), junit=junit, summary=summary)
 
 
 def _exit_as_terminated(number: int, _: FrameType | None) -> NoReturn:
@@ -72,16 +79,14 @@ def _written_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _tell(record: Path, junit: Path | None, summary: Path | None) -> None:
-    from rollout.clients.records import read_local
-    from rollout.summary import github_annotations, junit_xml, summary_markdown
+def _tell(report: RolloutReport, markdown: str, *, junit: Path | None, summary: Path | None) -> None:
+    from rollout.summary import github_annotations, junit_xml
 
-    report = read_local(record)
     if junit is not None:
         junit.parent.mkdir(parents=True, exist_ok=True)
         junit.write_text(junit_xml(report), encoding="utf-8")
     if summary is not None:
-        _append(summary, summary_markdown(report))
+        _append(summary, markdown)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in github_annotations(report):
             typer.echo(line)
@@ -102,21 +107,20 @@ def run(
     key: Annotated[
         str | None, typer.Option(help="Idempotency key, e.g. the pipeline's id: a repeated job joins its first run.")
     ] = None,
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML for CI: one test case a step.")] = None,
     summary: Annotated[
         Path | None, typer.Option(help="Markdown is appended here, e.g. to $GITHUB_STEP_SUMMARY.")
     ] = None,
 ) -> None:
-    """Start a deployment on the Prefect server, wait, and exit with our codes. Needs no cloud credentials."""
-    from flows.ci import GivenUp, run_on_server
+    """Start a deployment on the Prefect server, wait, and exit with our codes. Needs no cloud credentials.
+
+    The files are written whatever happens, also if CI gives up: SIGTERM, SIGINT and --wait cancel the run.
+    """
+    from flows.ci import run_on_server
 
     request = {} if revision is None else {"revision": revision}
-    try:
-        done = run_on_server(deployment, request, idempotency_key=key, deadline_s=wait, say=typer.echo)
-    except GivenUp as given_up:
-        typer.echo(f"{given_up}: gave up", err=True)
-        raise typer.Exit(1) from None
-    if summary is not None and done.summary:
-        _append(summary, done.summary)
+    done = run_on_server(deployment, request, idempotency_key=key, deadline_s=wait, say=typer.echo)
+    _tell(done.report, done.summary, junit=junit, summary=summary)
     typer.echo(f"{done.outcome}{': ' + done.detail if done.detail else ''}")
     raise typer.Exit(int(done.exit_code))
 
@@ -188,16 +192,20 @@ def profile(
 def watch_releases(
     target: TargetOption,
     model: Annotated[list[str], typer.Option("--model", help="Presets to follow; may be given several times.")],
+    tags: Annotated[
+        str | None, typer.Option(help="Follow new tags of this pattern, e.g. 'v*', instead of the branch.")
+    ] = None,
 ) -> None:
-    """Look once for new commits of the followed models, and announce them."""
+    """Look once for new commits, or tags, of the followed models, and announce them."""
     from rollout.releases import Followed, WatchRequest
 
-    request = WatchRequest(target=target, follow=tuple(Followed(model=name) for name in model))
+    request = WatchRequest(target=target, follow=tuple(Followed(model=name, tags=tags) for name in model))
     from flows.watch_releases import watch_releases as watch
 
     announcements = watch(request)
     for announcement in announcements:
-        typer.echo(f"announced {announcement.repo_id}@{announcement.commit_sha} for {announcement.target}")
+        tag = f" ({announcement.tag})" if announcement.tag else ""
+        typer.echo(f"announced {announcement.repo_id}@{announcement.commit_sha}{tag} for {announcement.target}")
     if not announcements:
         typer.echo("nothing new")
 

@@ -1,4 +1,4 @@
-"""Look for new commits of followed models; each becomes one event, and the event starts the rollout."""
+"""Look for new commits and tags of followed models; each becomes one event, and the event starts the rollout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.step import Story
 
 @flow(name="watch-releases", flow_run_name="releases for {request.target}")
 def watch_releases(request: WatchRequest) -> tuple[Announcement, ...]:
-    """Notice new commits on Hugging Face and announce each exactly once. Changes nothing but its own notes.
+    """Notice new commits, or new tags, on Hugging Face and announce each exactly once. Changes only its own notes.
 
     A deployment with a trigger on the event `llm-rollout.release` starts the rollout (see prefect.yaml).
 

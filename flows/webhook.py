@@ -17,6 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rollout.errors import BadInput
+from rollout.values import content_digest
 
 SECRET_HEADER = "X-Webhook-Secret"
 MAX_BODY_BYTES = 256 * 1024
@@ -37,15 +38,31 @@ class _Message(BaseModel):
     class Repository(BaseModel):
         type: str
         name: str
-        headSha: str = ""  # noqa: N815 - the message's own name
+
+    class Update(BaseModel):
+        ref: str
+        oldSha: str | None = None  # noqa: N815 - the message's own name
+        newSha: str | None = None  # noqa: N815
+        """None where the branch or tag is gone."""
 
     event: Event
     repo: Repository
+    updatedRefs: tuple[Update, ...] = ()  # noqa: N815
 
     @property
-    def is_about_content(self) -> bool:
-        """`repo.content` and its parts (`repo.content.main`); not discussions, not settings."""
-        return self.repo.type == "model" and self.event.scope.startswith("repo.content")
+    def changes(self) -> tuple[Update, ...]:
+        """The branches and tags that were made or moved. The scope is `repo.content` or a part of it
+        (`repo.content.main`); discussions and settings change no files."""
+        about_files = self.repo.type == "model" and self.event.scope.startswith("repo.content")
+        return tuple(update for update in self.updatedRefs if about_files and update.newSha)
+
+    @property
+    def key(self) -> str:
+        """The same for a message and its repetition: the repository and what moved where. The commit of the main
+        branch alone would not do, since a new tag leaves it as it is."""
+        return (
+            f"webhook-{self.repo.name}-{content_digest(sorted((u.ref, u.oldSha, u.newSha) for u in self.changes), 16)}"
+        )
 
 
 def webhook_app(deployment: str, secret: str) -> web.Application:
@@ -68,10 +85,12 @@ def webhook_app(deployment: str, secret: str) -> web.Application:
             message = _Message.model_validate(json.loads(await request.read()))
         except (ValueError, ValidationError):
             raise web.HTTPBadRequest(text="not a message of Hugging Face's webhooks\n") from None
-        if not message.is_about_content:
-            return web.json_response({"started": None, "why": f"{message.event.scope} changes no files"})
-        run_id = await _start(deployment, f"webhook-{message.repo.name}-{message.repo.headSha}")
-        logger.info("%s moved to %s: started %s", message.repo.name, message.repo.headSha, run_id)
+        if not message.changes:
+            why = f"{message.event.action} of {message.event.scope} moves no branch and no tag of a model"
+            return web.json_response({"started": None, "why": why})
+        run_id = await _start(deployment, message.key)
+        moved = ", ".join(f"{update.ref} to {update.newSha}" for update in message.changes)
+        logger.info("%s moved %s: started %s", message.repo.name, moved, run_id)
         return web.json_response({"started": run_id}, status=202)
 
     async def health(_: web.Request) -> web.Response:

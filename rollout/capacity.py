@@ -11,12 +11,16 @@ from typing import Annotated
 from pydantic import Field
 
 from rollout.accelerators import accelerator
+from rollout.delivery import DeliveryStrategy, surge_gpus
+from rollout.plan import RolloutPlan
 from rollout.preflight import Check, failed, not_applicable, ok, unknown, warning
-from rollout.serving import ServingSpec, UpdateStrategy
+from rollout.report import Action
+from rollout.serving import ServingSpec
 from rollout.target import ClusterMode, Target
 from rollout.values import Value
 
 SURGE = "surge capacity"
+_ROLLING = "deliver with `kind: rolling`, which needs one pod more"
 _RECREATE = "set `strategy: recreate` (the old pod goes first; nothing answers in between)"
 
 
@@ -57,20 +61,47 @@ def gpus_per_node(serving: ServingSpec, target: Target) -> int:
     return accelerator(serving.accelerator.type).machine_for(serving.accelerator.count).accelerators
 
 
-def check_surge(serving: ServingSpec, room: GpuRoom, *, replaces_pods: bool) -> Check:
-    """Whether one more pod fits beside all others, as a rolling update needs it.
+def gpus_at_once(plan: RolloutPlan) -> int:
+    """GPUs that the pods of `plan` hold at the widest point of its delivery: its replicas and what stands beside them.
 
-    Without it an update waits for ever: the new pod for a GPU, and the old one for the new one. That stops a rollout
-    which replaces pods; a first one is only warned of it.
+    A Deployment that an update in place makes, or leaves as it is, has no pods to replace. Of a delivery by revisions
+    the plan does not know whether something is live, so both versions count.
     """
-    if serving.strategy is UpdateStrategy.RECREATE:
+    strategy, serving = plan.policy.delivery, plan.serving
+    updates = any(change.kind == "Deployment" and change.action is Action.UPDATED for change in plan.changes)
+    surge = surge_gpus(strategy, serving) if strategy.by_revisions or updates else 0
+    return serving.replicas * serving.accelerator.count + surge
+
+
+def check_surge(
+    serving: ServingSpec, strategy: DeliveryStrategy, room: GpuRoom, *, running: int, replaces_pods: bool
+) -> Check:
+    """Whether the pods of the new version fit beside those of the live one, as the delivery needs it.
+
+    Without that an update waits for ever: the new pod for a GPU, and the old one for the new one. That stops a rollout
+    which replaces pods; a first one is only warned of the next. `running` pods of exactly the planned Deployment are
+    there already.
+    """
+    if not surge_gpus(strategy, serving):
         return not_applicable(SURGE, "strategy recreate: the old pod goes before the new one comes")
-    planned = serving.replicas + 1 if not replaces_pods else 1
-    blocked = room.why_not(planned, serving.accelerator.count)
-    if not blocked and room.free_quota is None and room.new_nodes(planned, serving.accelerator.count):
-        return unknown(SURGE, "a rolling update needs a new node, and the quota could not be read", _RECREATE)
+    gpus = serving.accelerator.count
+    beside = surge_gpus(strategy, serving) // gpus
+    missing = max(0, serving.replicas - running)
+    first = missing + beside  # what the next delivery will need is worth a warning
+    again = missing if strategy.by_revisions else beside
+    planned = again if replaces_pods else first
+    name = strategy.kind.value.replace("_", "/") + (" delivery" if strategy.by_revisions else " update")
+    cure = _ROLLING if strategy.by_revisions else _RECREATE
+    blocked = room.why_not(planned, gpus)
+    if not blocked and room.free_quota is None and room.new_nodes(planned, gpus):
+        return unknown(SURGE, f"a {name} needs a new node, and the quota could not be read", cure)
+    pods = "one pod" if beside == 1 else f"{beside} pods"
     if not blocked:
-        return ok(SURGE, "a rolling update finds room for one more pod")
-    why = f"a rolling update starts one pod beside the others: it would need {blocked}"
-    cure = f"Raise the quota or the node pool's max_nodes, or {_RECREATE}."
-    return failed(SURGE, why, cure) if replaces_pods else warning(SURGE, f"the first start fits, but {why}", cure)
+        return ok(SURGE, f"a {name} finds room for {pods} more")
+    why = f"a {name} starts {pods} beside the others: it would need {blocked}"
+    resolution = f"Raise the quota or the node pool's max_nodes, or {cure}."
+    return (
+        failed(SURGE, why, resolution)
+        if replaces_pods
+        else warning(SURGE, f"the first start fits, but {why}", resolution)
+    )

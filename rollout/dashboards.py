@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from rollout.profiles import Targets
-from rollout.target import Target
+from rollout.target import ClusterMode, CredentialSource, Target
 from rollout.values import Value
 
 SELECTOR = '{namespace=~"$namespace",pod=~"$deployment-.*"}'
@@ -252,17 +252,26 @@ def _cloud_legend(legend: str) -> str:
     return legend.replace("{{", "${metric.labels.").replace("}}", "}") if "{{" in legend else legend
 
 
-def console_links(target: Target, deployment: str) -> dict[str, str]:
-    """Pages of the target's console about a Deployment, in its universe: workload, metrics, dashboards, logs."""
+def console_links(target: Target, deployment: str, *, instance: str) -> dict[str, str]:
+    """Pages of the target's console, in its universe: the bucket, and of a Deployment workload, metrics and logs.
+
+    `instance` is the model server that the Deployment is, or is a revision of. A cluster that a kubeconfig names has no
+    pages there, and the embedded cloud has no console at all.
+    """
+    if target.credentials is CredentialSource.ANONYMOUS:
+        return {}
     console, project = target.universe.console, quote(target.project)
+    bucket = {"bucket": f"{console}/storage/browser/{target.bucket}?project={project}"}
+    if target.cluster.mode is ClusterMode.KUBECONFIG:
+        return bucket
     where = "/".join(map(quote, (target.region, target.cluster.name, target.namespace, deployment)))
     log_query = quote(
         f'resource.type="k8s_container" resource.labels.cluster_name="{target.cluster.name}"'
         f' resource.labels.namespace_name="{target.namespace}"'
-        f' labels."k8s-pod/app_kubernetes_io/instance"="{deployment}"',
+        f' labels."k8s-pod/app_kubernetes_io/instance"="{instance}"',
         safe="",
     )
-    return {
+    return bucket | {
         "workload": f"{console}/kubernetes/deployment/{where}/overview?project={project}",
         "AI/ML": f"{console}/kubernetes/aiml/overview?project={project}",
         "Metrics Explorer": f"{console}/monitoring/metrics-explorer?project={project}",

@@ -89,13 +89,16 @@ class RolloutPlan(Value):
         return f"{self.model.repo_id}@{self.model.short_sha} → {self.target.name}"
 
 
+_NOT_SERVED = {"approval", "endpoints", "gpu_usd_per_hour", "hub_token_secret"}
+
+
 def rollout_id(model: PinnedModel, serving: ServingSpec, target: Target) -> str:
-    """Ten hex digits; endpoints and prices are left out, since they do not change what is served."""
+    """Ten hex digits; what does not change what is served is left out: endpoints, prices, who is asked."""
     return content_digest(
         {
             "model": [model.repo_id, model.commit_sha],
             "serving": serving.model_dump(mode="json"),
-            "target": target.model_dump(mode="json", exclude={"endpoints", "gpu_usd_per_hour", "hub_token_secret"}),
+            "target": target.model_dump(mode="json", exclude=_NOT_SERVED),
         },
         10,
     )

@@ -11,15 +11,9 @@ from rollout.autoscaling import AutoscalingSpec
 from rollout.benchmark import BenchmarkSpec
 from rollout.delivery import DeliveryStrategy
 from rollout.objectives import Objectives
+from rollout.target import Approval
 from rollout.transfer import TransferSpec
 from rollout.values import Value
-
-
-class Approval(StrEnum):
-    NEVER = "never"
-    ON_CHANGE = "on_change"
-    """Ask when the plan changes anything outside of the bucket."""
-    ALWAYS = "always"
 
 
 class Teardown(StrEnum):
@@ -51,7 +45,7 @@ class RolloutPolicy(Value):
     approval: Approval = Field(
         Approval.NEVER,
         description="Whether a person is asked before anything changes: never, on_change (only if the plan changes"
-        " something) or always. The run waits without holding a GPU.",
+        " something) or always. The target may ask for more than you choose here. The run waits without holding a GPU.",
         json_schema_extra={"position": 0},
     )
     approval_timeout_s: Annotated[float, Field(gt=0)] = Field(

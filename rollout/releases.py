@@ -1,17 +1,21 @@
-"""Which new commits of followed models deserve a rollout, and when.
+"""Which new commits and tags of followed models deserve a rollout, and when.
 
 Pure; `rollout.clients.releases` has the side effects.
 
 A release passes four questions, in this order: is it new, did anything that is served change (not only the README), is
 it a quiet hour, is today's share used up. The first two decide for ever; the last two only put it off, and of several
-commits that wait, the newest is announced.
+commits of a branch that wait, the newest is announced. Likewise of several that come between two looks: a branch is
+seen only as it is. Tags are announced each for itself, in the order of their versions.
 """
 
 from __future__ import annotations
 
+import re
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime, time, timedelta
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import Annotated, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -98,6 +102,25 @@ class Followed(Value):
         description="What is watched; empty takes the preset's. A tag that is moved counts as a release.",
         json_schema_extra={"position": 1},
     )
+    tags: Annotated[str, StringConstraints(pattern=r"^\S+$")] | None = Field(
+        None,
+        title="New tags",
+        description="Pattern of tag names, e.g. v*: every new tag that matches is a release, instead of every commit of"
+        " a branch. To watch both, follow the model twice.",
+        json_schema_extra={"position": 2},
+    )
+
+    @model_validator(mode="after")
+    def _one_thing_is_watched(self) -> Self:
+        if self.revision is not None and self.tags is not None:
+            raise ValueError("give either revision or tags; to watch both, follow the model twice")
+        return self
+
+    @property
+    def key(self) -> str:
+        """Names what is watched in the state: a model may be followed by branches and by tags."""
+        watched = f"tags {self.tags}" if self.tags is not None else self.revision
+        return self.model if watched is None else f"{self.model}@{watched}"
 
 
 class WatchRequest(Value):
@@ -125,17 +148,20 @@ class Announcement(Value):
     revision: str
     commit_sha: CommitSha
     target: str
+    tag: str = ""
+    """Of a release that is a new tag; empty for a new commit of a branch."""
     decided_at: datetime
     sent: bool = False
     """False from the decision until the event is known to have arrived: a death in between is made good later."""
 
     @property
     def event_id(self) -> uuid.UUID:
-        return uuid.uuid5(_EVENT_NAMESPACE, f"{self.target}/{self.model}/{self.commit_sha}")
+        tag = f"/tags/{self.tag}" if self.tag else ""
+        return uuid.uuid5(_EVENT_NAMESPACE, f"{self.target}/{self.model}/{self.commit_sha}{tag}")
 
 
 class WatchedModel(Value):
-    """What is known of one followed model."""
+    """What is known of one followed model: of a branch its commits, or of a pattern its tags."""
 
     etag: str = ""
     """Of the hub's last answer: an unchanged model costs one request without a body."""
@@ -143,6 +169,8 @@ class WatchedModel(Value):
     """Digest of the files that were served last: equal digests need no rollout."""
     commits: tuple[CommitSha, ...] = ()
     """Commits that are settled: announced, passed over, or there at the first look. Newest last."""
+    tags: dict[str, str] | None = None
+    """Tags that are settled, with what they point to; None before the first look."""
     waiting: CommitSha | None = None
     """A commit that quiet hours or the daily share put off."""
 
@@ -179,6 +207,9 @@ class Decision(StrEnum):
     ANNOUNCE = "announced"
 
 
+_PUT_OFF = (Decision.QUIET, Decision.CAPPED)
+
+
 def decide(
     state: WatchState, followed: Followed, pinned: PinnedModel, policy: ReleasePolicy, target: str, now: datetime
 ) -> tuple[Decision, WatchState]:
@@ -186,20 +217,66 @@ def decide(
 
     An announcement is in the new state's `unsent`: keep the state first, then send it.
     """
-    known = state.models.get(followed.model, WatchedModel())
-    digest = weights_digest(pinned)
-    decision = _judge(state, known, pinned.commit_sha, digest, policy, now)
-    put_off = decision in (Decision.QUIET, Decision.CAPPED)
+    known = state.models.get(followed.key, WatchedModel())
+    decision = _judge(state, known, pinned, policy, now)
+    put_off = decision in _PUT_OFF
     settled = known.commits
     if not put_off and decision is not Decision.KNOWN:
         settled = (*settled, pinned.commit_sha)[-KEPT_COMMITS:]
-    model = known.model_copy(
-        update={
-            "weights": known.weights if put_off else digest,
-            "commits": settled,
-            "waiting": pinned.commit_sha if put_off else None,
-        }
-    )
+    changes = {"commits": settled, "waiting": pinned.commit_sha if put_off else None}
+    return decision, _decided(state, followed, pinned, decision, changes, target, now)
+
+
+def new_tags(state: WatchState, followed: Followed, listed: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the tags to decide about, oldest version first: those that match and are new, or point elsewhere now.
+
+    `listed` are all tags of the repository with what they point to. At the first look none is new.
+    """
+    known = state.models.get(followed.key, WatchedModel()).tags
+    if known is None:
+        return ()
+    names = [name for name in _matching(followed, listed) if known.get(name) != listed[name]]
+    return tuple(sorted(names, key=_version))
+
+
+def with_tags(state: WatchState, followed: Followed, listed: Mapping[str, str]) -> WatchState:
+    """The state after a look: at the first one, all tags are taken as known; later ones are for `decide_tag`."""
+    known = state.models.get(followed.key, WatchedModel())
+    tags = known.tags if known.tags is not None else {name: listed[name] for name in _matching(followed, listed)}
+    return _with_model(state, followed.key, known.model_copy(update={"tags": tags}))
+
+
+def decide_tag(
+    state: WatchState,
+    followed: Followed,
+    tag: str,
+    points_to: str,
+    pinned: PinnedModel,
+    policy: ReleasePolicy,
+    target: str,
+    now: datetime,
+) -> tuple[Decision, WatchState]:
+    """What to do about one of `new_tags`, and the state that remembers it; one that is put off stays new."""
+    known = state.models.get(followed.key, WatchedModel())
+    decision = _filter(state, known, weights_digest(pinned), policy, now)
+    tags = known.tags or {}
+    changes = {"tags": tags if decision in _PUT_OFF else {**tags, tag: points_to}}
+    return decision, _decided(state, followed, pinned, decision, changes, target, now, tag=tag)
+
+
+def _decided(
+    state: WatchState,
+    followed: Followed,
+    pinned: PinnedModel,
+    decision: Decision,
+    changes: Mapping[str, object],
+    target: str,
+    now: datetime,
+    *,
+    tag: str = "",
+) -> WatchState:
+    known = state.models.get(followed.key, WatchedModel())
+    weights = known.weights if decision in _PUT_OFF else weights_digest(pinned)
     entries = _recent(state.announcements, now)
     if decision is Decision.ANNOUNCE:
         entries += (
@@ -209,32 +286,38 @@ def decide(
                 revision=pinned.revision,
                 commit_sha=pinned.commit_sha,
                 target=target,
+                tag=tag,
                 decided_at=now.astimezone(UTC),
             ),
         )
-    models = {**state.models, followed.model: model}
-    return decision, state.model_copy(update={"models": models, "announcements": entries})
+    after = state.model_copy(update={"announcements": entries})
+    return _with_model(after, followed.key, known.model_copy(update={"weights": weights, **changes}))
 
 
-def with_etag(state: WatchState, model: str, etag: str) -> WatchState:
+def with_etag(state: WatchState, followed: Followed, etag: str) -> WatchState:
     """The state after an answer of the hub; keep it only together with what was decided on that answer."""
-    known = state.models.get(model, WatchedModel())
-    return state.model_copy(update={"models": {**state.models, model: known.model_copy(update={"etag": etag})}})
+    known = state.models.get(followed.key, WatchedModel())
+    return _with_model(state, followed.key, known.model_copy(update={"etag": etag}))
 
 
-def etag_to_send(state: WatchState, model: str) -> str:
+def etag_to_send(state: WatchState, followed: Followed) -> str:
     """What to ask the hub with; nothing while a commit waits, since it must be looked at again although unchanged."""
-    known = state.models.get(model, WatchedModel())
+    known = state.models.get(followed.key, WatchedModel())
     return "" if known.waiting else known.etag
 
 
 def _judge(
-    state: WatchState, known: WatchedModel, commit_sha: str, digest: str, policy: ReleasePolicy, now: datetime
+    state: WatchState, known: WatchedModel, pinned: PinnedModel, policy: ReleasePolicy, now: datetime
 ) -> Decision:
     if not known.commits:
         return Decision.BASELINE
-    if commit_sha in known.commits:
+    if pinned.commit_sha in known.commits:
         return Decision.KNOWN
+    return _filter(state, known, weights_digest(pinned), policy, now)
+
+
+def _filter(state: WatchState, known: WatchedModel, digest: str, policy: ReleasePolicy, now: datetime) -> Decision:
+    """Whether something new is announced, passed over or put off."""
     if policy.only_weights and digest == known.weights:
         return Decision.ONLY_DOCS
     if policy.quiet_hours is not None and policy.quiet_hours.covers(now):
@@ -247,3 +330,16 @@ def _judge(
 def _recent(entries: tuple[Announcement, ...], now: datetime) -> tuple[Announcement, ...]:
     """Unsent ones whatever their age; sent ones for as long as the daily share looks back, and a week for people."""
     return tuple(entry for entry in entries if not entry.sent or now - entry.decided_at < timedelta(days=7))
+
+
+def _with_model(state: WatchState, key: str, model: WatchedModel) -> WatchState:
+    return state.model_copy(update={"models": {**state.models, key: model}})
+
+
+def _matching(followed: Followed, listed: Mapping[str, str]) -> list[str]:
+    return [name for name in listed if fnmatchcase(name, followed.tags or "")]
+
+
+def _version(tag: str) -> list[str | int]:
+    """Sorts v1.10 behind v1.9: texts and numbers take turns, so like is compared with like."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", tag)]

@@ -75,7 +75,10 @@ class RolloutSpec(Value):
 
 
 def resolve(request: RolloutRequest) -> RolloutSpec:
-    """Load the presets that `request` names and lay its own wishes over them. Raises `BadInput`."""
+    """Load the presets that `request` names and lay its own wishes over them. Raises `BadInput`.
+
+    One wish has a floor: a target may ask for more approval than the request, and the stricter of both counts.
+    """
     preset = catalog.load_model(request.model)
     wishes = {
         name: value for name in ("replicas", "max_model_len", "image") if (value := getattr(request, name)) is not None
@@ -84,4 +87,6 @@ def resolve(request: RolloutRequest) -> RolloutSpec:
         ServingSpec, {**preset.serving.model_dump(mode="json"), **wishes}, where=f"serving spec of {request.model}"
     )
     model = preset.model if request.revision is None else preset.model.model_copy(update={"revision": request.revision})
-    return RolloutSpec(model=model, serving=serving, target=catalog.load_target(request.target), policy=request.policy)
+    target = catalog.load_target(request.target)
+    policy = request.policy.model_copy(update={"approval": request.policy.approval.or_stricter(target.approval)})
+    return RolloutSpec(model=model, serving=serving, target=target, policy=policy)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rollout.benchmark import BenchmarkReport
 from rollout.critical_path import chain_sentence, gantt
+from rollout.dashboards import console_links
 from rollout.delivery import DeliveryReport
 from rollout.objectives import Verdict
 from rollout.plan import RolloutPlan
@@ -13,6 +14,7 @@ from rollout.preflight import CheckState
 from rollout.record import RolloutReport, TeardownReport
 from rollout.report import StepStatus
 from rollout.stage import Percentiles
+from rollout.target import Approval
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -34,12 +36,14 @@ def plan_markdown(plan: RolloutPlan) -> str:
         ("cost while running", price),
         ("delivery", plan.policy.delivery.kind.value.replace("_", "/")),
         ("serves now", f"`{plan.live_before.model}`" if plan.live_before else "nothing"),
+        ("approval", _approval(plan)),
         ("target", f"{plan.target.project} / {plan.target.region} / {plan.target.cluster.name}"),
     ]
     parts = [
         f"# Plan: {plan.title}",
         "Nothing has changed yet. " + _headline(plan),
         table(("", ""), facts),
+        *_where_to_look(plan),
         "## Changes",
         table(("action", "kind", "name", ""), ((c.action.value, c.kind, c.name, c.detail) for c in plan.changes)),
     ]
@@ -116,6 +120,23 @@ def _headline(plan: RolloutPlan) -> str:
     return "**Everything is already as planned**: this rollout would change nothing."
 
 
+def _approval(plan: RolloutPlan) -> str:
+    asked = plan.policy.approval.value.replace("_", " ")
+    least = plan.target.approval
+    return (
+        asked
+        if least is Approval.NEVER
+        else f"{asked} (at {plan.target.name}, {least.value.replace('_', ' ')} at least)"
+    )
+
+
+def _where_to_look(plan: RolloutPlan) -> list[str]:
+    """A line of links into the console of the target's universe, if it has one."""
+    named = (item["metadata"]["name"] for item in plan.objects if item["kind"] == "Deployment")
+    links = console_links(plan.target, next(named, plan.serving.name), instance=plan.serving.name)
+    return ["In the console: " + " · ".join(f"[{name}]({url})" for name, url in links.items())] if links else []
+
+
 def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
@@ -145,6 +166,7 @@ def report_markdown(report: RolloutReport) -> str:
             f"Rollout `{report.plan.rollout_id}` · commit `{report.plan.model.commit_sha}`"
             f" · image `{report.plan.serving.image}`",
         ]
+        lines += [part for link in _where_to_look(report.plan) for part in ("", link)]
     columns = ("", "step", "seconds", "attempts", "what happened")
     rows = ((_MARKS[s.status], s.name, f"{s.duration_s:.1f}", s.attempts, s.summary) for s in report.steps)
     lines += ["", table(columns, rows)]

@@ -39,6 +39,19 @@ class WeightsLayout(StrEnum):
     """`gs://bucket/<organisation>/<name>/<commit>/`: revisions side by side, a live prefix is never overwritten."""
 
 
+class Approval(StrEnum):
+    """Whether a person is asked before anything changes."""
+
+    NEVER = "never"
+    ON_CHANGE = "on_change"
+    """Ask when the plan changes anything outside of the bucket."""
+    ALWAYS = "always"
+
+    def or_stricter(self, other: Approval) -> Approval:
+        """The one of both that asks more often; the members stand in that order."""
+        return max(self, other, key=list(Approval).index)
+
+
 class NodePool(Value):
     """A GPU node pool of a Standard cluster."""
 
@@ -105,6 +118,8 @@ class Target(Value):
     weights_layout: WeightsLayout = WeightsLayout.CONTENT_ADDRESSED
     hub_token_secret: str | None = None
     """Name of the Prefect Secret block that holds the Hugging Face token; None for public models."""
+    approval: Approval = Approval.NEVER
+    """The least that every rollout to this target asks for, whatever its own policy says."""
     gpu_usd_per_hour: Annotated[float, Field(gt=0)] | None = None
     """On-demand price of one GPU with its share of the machine; before the price table's, which may have no row."""
     endpoints: Endpoints = Endpoints()

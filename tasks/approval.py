@@ -20,8 +20,8 @@ from pydantic import Field
 from rollout.approval import approval_markdown, shown_digest
 from rollout.errors import NotApproved
 from rollout.plan import RolloutPlan
-from rollout.policy import Approval
 from rollout.report import StepReport, StepStatus, utc_now
+from rollout.target import Approval
 from tasks.step import Story
 
 NAME = "approval"

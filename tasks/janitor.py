@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -17,8 +17,9 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.states import Crashed, State
 
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.records import RecordStore
@@ -31,12 +32,27 @@ from rollout.rendering import KubernetesObject
 from rollout.report import StepStatus
 from rollout.show import teardown_markdown
 from rollout.target import Target
+from tasks.outcomes import ANNOUNCED_FLOWS, announce
 from tasks.step import Artifact, Outcome, step
 
-FLOWS = ("rollout-model", "teardown-model", "publish-weights", "plan-model", "verify-model")
+FLOWS = (
+    *ANNOUNCED_FLOWS,
+    "teardown-model",
+    "publish-weights",
+    "plan-model",
+    "verify-model",
+    "watch-releases",
+    "janitor",
+)
+"""All of ours that a deployment runs."""
 HEARTBEAT = "prefect.flow-run.heartbeat"
 SILENCE = timedelta(minutes=15)
 """Prefect's runs give a sign of life every 180 s by default; five in a row are missing after this."""
+START_PATIENCE = timedelta(minutes=30)
+"""A run that a worker has taken and that has not begun gives no signs of life. The cluster pool waits 900 s for its pod
+(`pod_watch_timeout_seconds`); twice that."""
+PAGE = 200
+"""The most runs that the server hands out at once."""
 FOREIGN_RUN_PATIENCE = timedelta(days=1)
 """A record of a run that this server does not know (a laptop's own server) counts as alive for so long: longer than
 any rollout takes."""
@@ -44,15 +60,17 @@ any rollout takes."""
 
 @step("find zombies")
 def find_zombies(target: str, now: datetime) -> Outcome[tuple[str, ...]]:
-    """Mark as crashed the runs on `target` that claim to be running and give no sign of life."""
+    """Mark as crashed the runs on `target` that claim to be running or starting and give no sign of life.
+
+    No hook of such a run is left to tell anybody, so the rollouts among them are announced here.
+    """
     rows: list[dict[str, Any]] = []
     with get_client(sync_client=True) as client:
-        for run in _running(client):
-            if target_of(run.parameters) != target or not _is_silent(client, run, now):
-                continue
-            why = f"no sign of life for {SILENCE.total_seconds() / 60:.0f} minutes: its worker is gone"
-            client.set_flow_run_state(run.id, Crashed(message=why), force=True)
-            rows.append({"run": run.name, "id": str(run.id), "since": str(run.start_time), "why": why})
+        for run in _unfinished(client):
+            why = _death_of(client, run, now) if target_of(run.parameters) == target else ""
+            if why:
+                _declare_dead(client, run, why)
+                rows.append({"run": run.name, "id": str(run.id), "since": str(run.start_time), "why": why})
     return Outcome(
         value=tuple(row["id"] for row in rows),
         summary=f"{len(rows)} zombies marked as crashed",
@@ -127,17 +145,43 @@ def target_of(parameters: dict[str, Any]) -> str | None:
     return str(found) if found is not None else None
 
 
-def _running(client: SyncPrefectClient) -> Iterable[FlowRun]:
-    states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
-    return client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))), flow_run_filter=FlowRunFilter(state=states)
-    )
+def _unfinished(client: SyncPrefectClient) -> list[FlowRun]:
+    """Every run that a worker has, page by page. One that changes meanwhile may be missed: the next hour finds it."""
+    types = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    states = FlowRunFilterState(type=FlowRunFilterStateType(any_=types))
+    found: dict[UUID, FlowRun] = {}
+    for offset in itertools.count(0, PAGE):
+        page = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
+            flow_run_filter=FlowRunFilter(state=states),
+            sort=FlowRunSort.ID_DESC,
+            limit=PAGE,
+            offset=offset,
+        )
+        found |= {run.id: run for run in page}
+        if len(page) < PAGE:
+            break
+    return list(found.values())
 
 
-def _is_silent(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
+def _death_of(client: SyncPrefectClient, run: FlowRun, now: datetime) -> str:
+    """Why a run counts as dead; empty while it may be alive."""
     since = run.state.timestamp if run.state else run.start_time
-    if since is None or now - since < SILENCE:
-        return False
+    if since is None:
+        return ""
+    if run.state is not None and run.state.is_pending():
+        minutes = START_PATIENCE.total_seconds() / 60
+        return (
+            f"it did not begin within {minutes:.0f} minutes: its worker is gone"
+            if now - since >= START_PATIENCE
+            else ""
+        )
+    if now - since < SILENCE or _gave_sign_of_life(client, run, now):
+        return ""
+    return f"no sign of life for {SILENCE.total_seconds() / 60:.0f} minutes: its worker is gone"
+
+
+def _gave_sign_of_life(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
     wanted = {
         "event": {"name": [HEARTBEAT]},
         "resource": {"id": [f"prefect.flow-run.{run.id}"]},
@@ -145,7 +189,15 @@ def _is_silent(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
     }
     response = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1})
     response.raise_for_status()
-    return not response.json()["events"]
+    return bool(response.json()["events"])
+
+
+def _declare_dead(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
+    state: State[Any] = Crashed(message=why)
+    client.set_flow_run_state(run.id, state, force=True)
+    flow = client.read_flow(run.flow_id).name
+    if flow in ANNOUNCED_FLOWS:
+        announce(flow, run, state)
 
 
 def _alive(records: Iterable[RolloutReport], now: datetime) -> list[str]:

@@ -6,20 +6,26 @@ that dies gives its slots back within a minute.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
+from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment
 
+from rollout.capacity import gpus_at_once
+from rollout.errors import BadInput, DeadlineExceeded
 from rollout.plan import RolloutPlan
 
 LEASE_S = 60.0
 """After so long without a sign of life the slots of a dead run are free again: a rollout that is started again after
 a `kill -9` waits no longer than this. The least that Prefect takes; it renews at three quarters of it."""
+
+logger = logging.getLogger("prefect.flow_runs.limits")
 
 
 def target_limit(target: str) -> str:
@@ -35,38 +41,80 @@ def gpu_limit(target: str) -> str:
 @contextmanager
 def target_alone(target: str) -> Iterator[None]:
     """Wait until no other flow changes `target`, and keep others out while the block runs."""
-    with _slots(target_limit(target), 1):
+    with _slots_of_run(target_limit(target), 1):
+        yield
+
+
+@contextmanager
+def target_alone_after(target: str, *, from_deployment: bool, patience_s: float) -> Iterator[None]:
+    """`target_alone` for the hook of a run that is over: another process, and no run context.
+
+    Raises DeadlineExceeded if others hold the target for longer than `patience_s`.
+    """
+    with _slots(target_limit(target), 1, strict=from_deployment, log=logger, patience_s=patience_s):
         yield
 
 
 @contextmanager
 def gpus_of(plan: RolloutPlan) -> Iterator[None]:
-    """Wait until the target alone and all GPUs of `plan` are free for this run.
+    """Wait until the target alone and all GPUs that `plan` holds at its widest point are free for this run.
 
     Always in this order, so that two rollouts cannot wait for each other.
     """
-    serving = plan.serving
-    with (
-        target_alone(plan.target.name),
-        _slots(gpu_limit(plan.target.name), serving.replicas * serving.accelerator.count),
-    ):
+    with target_alone(plan.target.name), _slots_of_run(gpu_limit(plan.target.name), gpus_at_once(plan)):
         yield
 
 
 @contextmanager
-def _slots(name: str, count: int) -> Iterator[None]:
+def _slots_of_run(name: str, count: int) -> Iterator[None]:
+    with _slots(name, count, strict=deployment.id is not None, log=get_run_logger()):
+        yield
+
+
+@contextmanager
+def _slots(
+    name: str,
+    count: int,
+    *,
+    strict: bool,
+    log: logging.Logger | logging.LoggerAdapter[logging.Logger],
+    patience_s: float | None = None,
+) -> Iterator[None]:
     """Hold slots of a limit.
 
     For a deployment a missing limit is a mistake in the set-up, and an error (`strict`): without it, "no limit" would
     be its silent meaning. A run from the command line may have a server of its own, with nobody to share it with.
+    Raises BadInput for a limit that is missing or smaller than `count`, DeadlineExceeded after `patience_s`.
     """
-    from_deployment = deployment.id is not None
-    if not from_deployment and not _exists(name):
+    if not strict and not _exists(name):
         yield
         return
-    get_run_logger().info("waiting for %d of the limit %s", count, name)
-    # A lease that cannot be renewed must not stop a rollout halfway: the objects' own conflicts protect it too.
-    with concurrency(name, occupy=count, lease_duration=LEASE_S, strict=True, raise_on_lease_renewal_failure=False):
+    log.info("waiting for %d of the limit %s", count, name)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(
+                # A lease that cannot be renewed must not stop a rollout halfway: the objects' own conflicts protect
+                # it too.
+                concurrency(
+                    name,
+                    occupy=count,
+                    timeout_seconds=patience_s,
+                    lease_duration=LEASE_S,
+                    strict=True,
+                    raise_on_lease_renewal_failure=False,
+                )
+            )
+        except AcquireConcurrencySlotTimeoutError as error:
+            raise DeadlineExceeded(
+                f"others hold it for longer than {patience_s:.0f} s.", where=f"limit {name}"
+            ) from error
+        except ConcurrencySlotAcquisitionError as error:
+            raise BadInput(
+                f"{count} of it cannot be had: {error}.",
+                where=f"limit {name}",
+                resolution="Missing limits are made by `llm-rollout bootstrap`; raise one that is too small in the UI"
+                " (Concurrency).",
+            ) from error
         yield
 
 

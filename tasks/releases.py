@@ -11,15 +11,20 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from rollout.catalog import load_model
 from rollout.clients.hub import HubClient
 from rollout.clients.releases import WatchStore, look
+from rollout.model import ModelRef
 from rollout.releases import (
     RELEASE_EVENT,
     Announcement,
     Decision,
     Followed,
     ReleasePolicy,
+    WatchState,
     decide,
+    decide_tag,
     etag_to_send,
+    new_tags,
     with_etag,
+    with_tags,
 )
 from rollout.report import StepStatus
 from rollout.target import Target
@@ -31,44 +36,70 @@ from tasks.step import Artifact, Outcome, step
 def look_for_releases(
     target: Target, follow: tuple[Followed, ...], policy: ReleasePolicy, now: datetime
 ) -> Outcome[tuple[Announcement, ...]]:
-    """Decide about the head of every followed model; announcements are kept before they are sent.
+    """Decide about the head, or the new tags, of every followed model; announcements are kept before they are sent.
 
     The value is what still has to be sent: new announcements, and those of a watch that died in between.
     """
     store = WatchStore(target)
-    state = store.read()
-    hub = HubClient(target.hub_endpoint, hub_token(target))
-    rows: list[dict[str, Any]] = []
+    watch = _Watch(target, store.read(), policy, now)
     for followed in follow:
-        preset = load_model(followed.model)
-        model = preset.model
-        if followed.revision is not None:
-            model = model.model_copy(update={"revision": followed.revision})
-        etag = look(hub, model, etag_to_send(state, followed.model))
-        commit_sha, decision = "", Decision.KNOWN
-        if etag is not None:
-            pinned = hub.pin(model)
-            commit_sha = pinned.commit_sha
-            decision, state = decide(state, followed, pinned, policy, target.name, now)
-            state = with_etag(state, followed.model, etag)
-        rows.append(
-            {
-                "model": followed.model,
-                "repository": f"{model.repo_id}@{model.revision}",
-                "commit": commit_sha or "unchanged",
-                "decision": decision.value,
-            }
-        )
-        get_run_logger().info("%s: %s", followed.model, decision.value)
-    store.write(state)
-    announced = len(state.unsent)
+        watch.look_at(followed)
+    store.write(watch.state)
+    announced = len(watch.state.unsent)
     return Outcome(
-        value=state.unsent,
-        summary=f"{len(rows)} models looked at, {announced} releases to announce",
+        value=watch.state.unsent,
+        summary=f"{len(follow)} models looked at, {announced} releases to announce",
         status=StepStatus.DONE if announced else StepStatus.UNCHANGED,
-        data={"models": rows},
-        artifact=Artifact("releases", f"Releases for {target.name}: what was found and decided", table=rows),
+        data={"models": watch.rows},
+        artifact=Artifact("releases", f"Releases for {target.name}: what was found and decided", table=watch.rows),
     )
+
+
+class _Watch:
+    """One look at the followed models: the state that it leads to, and what there is to say of it."""
+
+    def __init__(self, target: Target, state: WatchState, policy: ReleasePolicy, now: datetime) -> None:
+        self.state = state
+        self.rows: list[dict[str, Any]] = []
+        self._target, self._policy, self._now = target, policy, now
+        self._hub = HubClient(target.hub_endpoint, hub_token(target))
+
+    def look_at(self, followed: Followed) -> None:
+        model = load_model(followed.model).model
+        if followed.tags is not None:
+            self._look_at_tags(followed, model)
+        else:
+            self._look_at_head(followed, model.model_copy(update={"revision": followed.revision or model.revision}))
+
+    def _look_at_head(self, followed: Followed, model: ModelRef) -> None:
+        etag = look(self._hub, model, etag_to_send(self.state, followed))
+        if etag is None:
+            self._note(followed, model, "unchanged", Decision.KNOWN)
+            return
+        pinned = self._hub.pin(model)
+        decision, decided = decide(self.state, followed, pinned, self._policy, self._target.name, self._now)
+        self.state = with_etag(decided, followed, etag)
+        self._note(followed, model, pinned.commit_sha, decision)
+
+    def _look_at_tags(self, followed: Followed, model: ModelRef) -> None:
+        listed = self._hub.tags(model)
+        fresh = new_tags(self.state, followed, listed)
+        self.state = with_tags(self.state, followed, listed)
+        for tag in fresh:
+            tagged = model.model_copy(update={"revision": tag})
+            pinned = self._hub.pin(tagged)
+            decision, self.state = decide_tag(
+                self.state, followed, tag, listed[tag], pinned, self._policy, self._target.name, self._now
+            )
+            self._note(followed, tagged, pinned.commit_sha, decision)
+        if not fresh:
+            self._note(followed, model.model_copy(update={"revision": followed.tags}), "unchanged", Decision.KNOWN)
+
+    def _note(self, followed: Followed, model: ModelRef, commit: str, decision: Decision) -> None:
+        repository = f"{model.repo_id}@{model.revision}"
+        row = {"model": followed.model, "repository": repository, "commit": commit, "decision": decision.value}
+        self.rows.append(row)
+        get_run_logger().info("%s, %s: %s", followed.model, repository, decision.value)
 
 
 @step("announce release")

@@ -75,6 +75,15 @@ class HubClient:
         self.check_access(pinned)
         return pinned
 
+    def tags(self, model: ModelRef) -> dict[str, str]:
+        """All tags of the repository, with what they point to.
+
+        Raises:
+            RepositoryNotFound, RepositoryGated, TransientError: the hub does not say.
+        """
+        refs = self._metadata(model, partial(self._api.list_repo_refs, model.repo_id))
+        return {tag.name: tag.target_commit for tag in refs.tags}
+
     def check_access(self, pinned: PinnedModel) -> None:
         """Ask for the largest file without fetching it: metadata of a gated repository is open, its files are not.
 

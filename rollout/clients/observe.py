@@ -27,6 +27,7 @@ from rollout.clients.projects import Projects
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import read_provenance
+from rollout.delivery import DeliveryStrategy
 from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
 from rollout.fit import check_context_window, check_ephemeral_storage, check_memory
 from rollout.ledger import standing
@@ -37,6 +38,7 @@ from rollout.policy import RolloutPolicy, Teardown
 from rollout.preflight import Check
 from rollout.rendering import KubernetesObject
 from rollout.report import Action
+from rollout.revisions import revision_of, revisions_in
 from rollout.rights import NAME, check_rights, needed_rights
 from rollout.serving import ServingSpec
 from rollout.target import ClusterMode, IdentityMode, NodePool, Target
@@ -104,7 +106,7 @@ def observe(
         _check_provisioning(observer, serving, cluster)
         _observe_identity(observer)
         preview = _observe_objects(observer, objects, policy) if cluster is not None else None
-        _observe_accelerator(observer, serving, objects, preview)
+        _observe_accelerator(observer, serving, objects, policy.delivery, preview)
         _check_permissions(observer, cluster)
     _observe_unrecorded(observer, serving, preview)
     live = observer.found.get("live_before")
@@ -284,7 +286,11 @@ def _live_pool(target: Target, cluster: ClusterInfo | None) -> NodePool | None:
 
 
 def _observe_accelerator(
-    observer: _Observer, serving: ServingSpec, objects: Sequence[KubernetesObject], preview: ApplyPreview | None
+    observer: _Observer,
+    serving: ServingSpec,
+    objects: Sequence[KubernetesObject],
+    strategy: DeliveryStrategy,
+    preview: ApplyPreview | None,
 ) -> None:
     """Whether the region has the accelerator, and room for the pods: on nodes, in the quota, in the node pool."""
     target, wanted = observer.target, serving.accelerator
@@ -299,11 +305,14 @@ def _observe_accelerator(
     metric = f"PREEMPTIBLE_{kind.quota_metric}" if pool is not None and pool.spot else kind.quota_metric
     quota = (observer.optional(compute.quotas) or {}).get(metric)
     deployment = next(manifest for manifest in objects if manifest["kind"] == "Deployment")
-    running, there = 0, NodeRoom(nodes=0, idle_gpus=0)
+    running, there, others = 0, NodeRoom(nodes=0, idle_gpus=0), set[str]()
     if preview is not None:
         client = ClusterClient.connect(target)
         live = client.find(deployment)
         running = live["spec"]["replicas"] if live else 0
+        if strategy.by_revisions:
+            own = revision_of(deployment, serving)
+            others = {each for each in revisions_in(client.inventory(), serving) if each != own}
         selector = deployment["spec"]["template"]["spec"]["nodeSelector"]
         there = observer.optional(lambda: client.gpu_room(selector, wanted.count)) or there
     room = GpuRoom(
@@ -333,7 +342,9 @@ def _observe_accelerator(
         if diff.kind == "Deployment"
         for field in diff.fields
     )
-    observer.checks.append(check_surge(serving, room, replaces_pods=replaced))
+    observer.checks.append(
+        check_surge(serving, strategy, room, running=running, replaces_pods=replaced or bool(others))
+    )
 
 
 def _autoscaler_among(objects: Sequence[KubernetesObject]) -> KubernetesObject | None:

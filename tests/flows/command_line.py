@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,14 @@ DEADLINE_S = 240.0
 _POLL_S = 0.05
 
 
+HERE = str(Path(sys.executable).parent)
+
+
 def command(*arguments: str, program: str = "llm-rollout") -> list[str]:
-    return [str(Path(sys.executable).with_name(program)), *arguments]
+    """A program beside this Python, else one of the system (`bash`)."""
+    found = shutil.which(program, path=f"{HERE}{os.pathsep}{os.environ['PATH']}")
+    assert found is not None, f"there is no {program}"
+    return [found, *arguments]
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -88,6 +95,11 @@ class Session:
     def signal_group(self, number: signal.Signals) -> int:
         """Send a signal to the command and its process group, as a terminal does. Returns the exit code."""
         os.killpg(self.process.pid, number)
+        return self.process.wait(DEADLINE_S)
+
+    def signal_alone(self, number: signal.Signals) -> int:
+        """Send a signal to the command and nobody else, as a CI runner does. Returns the exit code."""
+        self.process.send_signal(number)
         return self.process.wait(DEADLINE_S)
 
     def kill(self) -> None:

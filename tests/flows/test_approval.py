@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -22,9 +23,9 @@ from rollout.clients.hub import HubClient
 from rollout.clients.storage import StorageClient
 from rollout.errors import ExitCode, NotApproved
 from rollout.plan import Observation, RolloutPlan, make_plan
-from rollout.policy import Approval
 from rollout.report import StepReport, StepStatus
 from rollout.request import RolloutRequest, resolve
+from rollout.target import Approval
 from sandbox.hub_store import HubStore
 from sandbox.models import tiny_model
 from tasks.approval import NAME, require_approval
@@ -110,6 +111,20 @@ def test_a_rejected_plan_changes_nothing_and_ends_with_its_own_code(client: Sync
     assert outcome.exit_code is ExitCode.NOT_APPROVED
     assert "too dear" in outcome.detail
     assert "**Not approved**" in outcome.summary
+
+
+def test_an_approval_that_nobody_gives_ends_with_the_same_code(client: SyncPrefectClient, stage: Stage) -> None:
+    run = run_of_deployment(client, stage, approval_timeout_s=1)
+    suspended = execute(client, run)
+    deadline = suspended.state_details.pause_timeout
+    assert deadline is not None
+    while datetime.now(UTC) <= deadline:
+        threading.Event().wait(0.1)
+    # The server ends it so by itself within seconds, and at once when an answer comes too late.
+    answer(client, run.id, decision="approve", reason="too late")
+    outcome = wait(client, run.id, DEADLINE_S)
+    assert outcome.exit_code is ExitCode.NOT_APPROVED
+    assert "nobody answered in time; nothing was changed" in outcome.detail
 
 
 def test_an_answer_counts_only_for_the_plan_that_was_shown(

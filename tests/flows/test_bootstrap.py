@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -17,16 +18,21 @@ from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Failed
+from prefect.deployments.runner import EntrypointType
+from prefect.flows import load_flow_from_entrypoint
+from prefect.states import Cancelled, Crashed, Failed, State
 from pydantic import SecretStr
 
 from flows.bootstrap import CLUSTER_POOL, PLACEHOLDER_TOKEN, bootstrap, cluster_pool_template
 from flows.hooks import announce_outcome
 from flows.rollout_model import rollout_model
+from flows.verify_model import verify_model
 from rollout import catalog
 from rollout.errors import BadInput, RolledBack
 from rollout.report import Action
 from rollout.target import Target
+from tasks.janitor import FLOWS
+from tasks.outcomes import ANNOUNCED_FLOWS
 from tests.flows.command_line import DEADLINE_S
 
 EMIT_AGAIN_S = 5.0
@@ -158,6 +164,71 @@ def test_people_are_told_when_a_rollout_was_rolled_back(target: Target, inbox: I
         "rolled back", lambda: announce_outcome(rollout_model, run, Failed(message="failed", data=error))
     )
     assert f"gemma-4-31b-it on {target.name}: the canary missed its objective." in message
+
+
+def ended(client: SyncPrefectClient, state: State[Any]) -> str:
+    """The name of a run of the rollout that somebody outside of it has ended, and whose hook told of it as well."""
+    name = f"run-{uuid4().hex[:8]}"
+    run = client.create_flow_run(rollout_model, name=name, parameters={"request": {"target": "t"}})
+    client.set_flow_run_state(run.id, state, force=True)
+    announce_outcome(rollout_model, run, state)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("make_state", "subject"),
+    [(Crashed, "A run's worker died"), (Cancelled, "A run was cancelled")],
+    ids=["crashed", "cancelled"],
+)
+def test_an_end_from_outside_is_told_once_whether_or_not_a_hook_tells_of_it_too(
+    make_state: Callable[..., State[Any]],
+    subject: str,
+    target: Target,
+    inbox: Inbox,
+    client: SyncPrefectClient,
+) -> None:
+    bootstrap([target], notify=notification_block(inbox))
+    inbox.wait_for(subject, lambda: ended(client, make_state(message="by somebody")))
+    once = ended(client, make_state(message="by the janitor"))
+    last = ended(client, make_state(message="the last"))
+    inbox.wait_for(last, lambda: None)
+    assert sum(once in message for message in inbox.messages) == 1
+    assert "by the janitor" in next(message for message in inbox.messages if once in message)
+
+
+def test_people_are_told_that_nobody_answered(target: Target, inbox: Inbox, client: SyncPrefectClient) -> None:
+    bootstrap([target], notify=notification_block(inbox))
+    deployment_id = rollout_model.to_deployment(target.name, entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    assert isinstance(deployment_id, UUID)
+
+    def expire() -> None:
+        run = client.create_flow_run_from_deployment(
+            deployment_id, name=f"gemma → {target.name}", parameters={"request": {"target": target.name}}
+        )
+        never = Failed(message="The flow was paused and never resumed.")
+        client.set_flow_run_state(run.id, never, force=True)
+
+    message = inbox.wait_for("Nobody approved", expire)
+    assert target.name in message
+    assert "A rollout failed" not in "".join(inbox.messages)
+
+
+def test_people_are_told_that_a_verification_failed(target: Target, inbox: Inbox, client: SyncPrefectClient) -> None:
+    bootstrap([target], notify=notification_block(inbox))
+
+    def fail() -> None:
+        run = client.create_flow_run(verify_model, parameters={"request": {"target": target.name}})
+        client.set_flow_run_state(run.id, Failed(message="it answers no more"), force=True)
+
+    assert "it answers no more" in inbox.wait_for("A run failed", fail)
+
+
+def test_the_janitor_and_the_notifications_know_every_flow_that_is_deployed() -> None:
+    deployed = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    flows = [load_flow_from_entrypoint(each["entrypoint"], use_placeholder_flow=False) for each in deployed]
+    assert {flow.name for flow in flows} == set(FLOWS)
+    hooked = {flow.name for flow in flows if announce_outcome in (flow.on_failure_hooks or [])}
+    assert hooked == set(ANNOUNCED_FLOWS)
 
 
 def test_people_are_told_that_a_run_waits_for_approval(target: Target, inbox: Inbox, client: SyncPrefectClient) -> None:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterName,
+)
+from prefect.deployments.runner import EntrypointType
 from prefect.states import Cancelled, Completed, Crashed, Failed
 from typer.testing import CliRunner
 
 from flows.ci import start, wait
 from flows.cli import app
-from flows.hooks import announce_outcome, outcome_of
+from flows.hooks import announce_outcome
 from flows.plan_model import plan_model
 from flows.rollout_model import rollout_model
 from rollout.clients.gke import Gke
-from rollout.errors import BadInput, DeadlineExceeded, ExitCode, ObjectivesMissed, RolledBack
-from tests.flows.command_line import DEADLINE_S, Session, environment, read_record, run
+from rollout.errors import BadInput, ExitCode, ObjectivesMissed, RolledBack, RolloutError
+from rollout.report import StepStatus
+from rollout.summary import github_annotations, junit_xml
+from tasks.outcomes import outcome_of
+from tests.flows.command_line import DEADLINE_S, HERE, Session, environment, read_record, run
 from tests.flows.conftest import Stage
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "ci.md"
@@ -30,11 +42,15 @@ EXAMPLES = re.findall(r"tests/flows/test_ci\.py -->\n```yaml\n(.*?)```", DOCUMEN
 
 
 def command_lines(example: str) -> list[list[str]]:
-    """The `llm-rollout` lines of a pipeline, as the shell splits them."""
+    """The `llm-rollout` lines of a pipeline, as the shell splits them. `exec`: bash hands on no signal to a child."""
+    return [shlex.split(line)[1:] for line in scripts(example) if line.startswith("exec llm-rollout")]
+
+
+def scripts(example: str) -> list[str]:
     document = yaml.safe_load(example)
     job = document["jobs"]["rollout"] if "jobs" in document else document["rollout"]
-    scripts = job.get("script") or [step["run"] for step in job["steps"] if "run" in step]
-    return [shlex.split(line) for line in scripts if line.startswith("llm-rollout")]
+    found: list[str] = job.get("script") or [step["run"] for step in job["steps"] if "run" in step]
+    return found
 
 
 def policy_file(stage: Stage, **policy: Any) -> str:
@@ -158,12 +174,67 @@ def test_whoever_stops_waiting_cancels_the_run() -> None:
     said: list[str] = []
     with get_client(sync_client=True) as client:
         flow_run = client.create_flow_run(plan_model, parameters={"request": {"target": "t"}})
-        with pytest.raises(DeadlineExceeded):
-            wait(client, flow_run.id, 0.0, said.append)
+        left = wait(client, flow_run.id, 0.0, said.append)
         state = client.read_flow_run(flow_run.id).state
         assert state is not None
         assert state.is_cancelling() or state.is_cancelled()
     assert said[-1] == f"the run {flow_run.id} was cancelled"
+    assert (left.outcome, left.exit_code) == ("cancelled", ExitCode.FAILED)
+    assert "raise --wait" in left.summary
+
+
+@pytest.mark.flow
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_cancelled_cancels_its_run_and_still_writes_its_files(
+    number: signal.Signals, stage: Stage
+) -> None:
+    """The documented step of GitHub, run by the runner's shell; only the shell gets the signal."""
+    deployment = f"cancelled-{stage.target.namespace}"
+    parameters = {"request": stage.request().model_dump(mode="json")}
+    deployed = plan_model.to_deployment(
+        deployment, parameters=parameters, entrypoint_type=EntrypointType.MODULE_PATH
+    ).apply()
+    assert isinstance(deployed, UUID)
+    (line,) = (line for line in scripts(EXAMPLES[0]) if "llm-rollout run" in line)
+    script, log, summary = (stage.folder / name for name in ("step.sh", "log", "summary.md"))
+    replaced = line.replace("rollout-model/gemma-4-26b-a4b-it-s3ns-france", f"plan-model/{deployment}")
+    script.write_text(replaced.replace("out/junit.xml", str(stage.folder / "junit.xml")))
+    env = environment(
+        REVISION="main",
+        GITHUB_RUN_ID=deployment,
+        GITHUB_STEP_SUMMARY=str(summary),
+        GITHUB_ACTIONS="true",
+        PATH=f"{HERE}{os.pathsep}{os.environ['PATH']}",
+    )
+    mine = DeploymentFilter(id=DeploymentFilterId(any_=[deployed]))
+    with get_client(sync_client=True) as client:
+        with Session("-e", str(script), log=log, env=env, program="bash") as step:
+            step.wait_until(lambda: "Scheduled" in step.output)  # nobody starts it: there is no worker
+            code = step.signal_alone(number)
+        (run_of_job,) = client.read_flow_runs(deployment_filter=mine)
+    assert code == ExitCode.FAILED, step.output
+    assert run_of_job.state is not None
+    assert run_of_job.state.is_cancelled() or run_of_job.state.is_cancelling()
+    assert number.name in summary.read_text()
+    suite = ElementTree.parse(stage.folder / "junit.xml").getroot()[0]
+    assert suite.get("failures") == "1"
+    assert f"cancelled: CI gave up waiting: {number.name}" in step.output
+    assert "::error title=failed::" in step.output
+
+
+@pytest.mark.flow
+@pytest.mark.usefixtures("prefect_server")
+def test_the_steps_of_a_run_on_the_server_are_cases_for_ci(stage: Stage) -> None:
+    with pytest.raises(RolloutError):
+        plan_model(stage.request().model_copy(update={"revision": "no-such-branch"}))
+    with get_client(sync_client=True) as client:
+        named = FlowRunFilter(name=FlowRunFilterName(any_=[f"plan {stage.model_file} → {stage.target_file}"]))
+        (flow_run,) = client.read_flow_runs(flow_run_filter=named)
+        ended = wait(client, flow_run.id, DEADLINE_S)
+    assert [(step.name, step.status) for step in ended.report.steps] == [("pin model", StepStatus.FAILED)]
+    assert "no-such-branch" in junit_xml(ended.report)
+    assert "no-such-branch" in "".join(github_annotations(ended.report))
 
 
 @pytest.mark.flow
@@ -171,3 +242,12 @@ def test_whoever_stops_waiting_cancels_the_run() -> None:
 def test_an_unknown_deployment_is_bad_input() -> None:
     with get_client(sync_client=True) as client, pytest.raises(BadInput, match="no deployment 'rollout-model/nobody'"):
         start(client, "rollout-model/nobody", {}, None)
+
+
+@pytest.mark.flow
+@pytest.mark.usefixtures("prefect_server")
+def test_parameters_that_the_deployment_does_not_take_are_bad_input(stage: Stage) -> None:
+    name = stage.target.namespace
+    plan_model.to_deployment(name, entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    with get_client(sync_client=True) as client, pytest.raises(BadInput, match="'target' is a required property"):
+        start(client, f"plan-model/{name}", {"revision": "main"}, None)

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Cancelled, Running
+from prefect.states import Cancelled, Pending, Running
 
+from flows.bootstrap import bootstrap
+from flows.ci import wait
 from flows.hooks import clean_up_killed
 from flows.janitor import janitor
 from flows.rollout_model import rollout_model
+from flows.watch_releases import watch_releases
 from rollout.clients.cluster import APPLY_PATCH, ClusterClient
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
+from rollout.errors import BadInput, DeadlineExceeded, ExitCode
 from rollout.ledger import EXPIRY_ANNOTATION, serving_now
 from rollout.policy import Teardown
 from rollout.record import RECORDS_PREFIX, RolloutReport, Verdict
 from rollout.report import utc_now
-from tasks.janitor import SILENCE
+from tasks import limits
+from tasks.janitor import PAGE, SILENCE, START_PATIENCE
+from tasks.limits import target_alone_after
+from tasks.outcomes import OUTCOME_EVENT_PREFIX
+from tests.flows.command_line import DEADLINE_S, wait_for
 from tests.flows.conftest import Stage
 from tests.flows.zombies import zombies
 
@@ -107,6 +117,45 @@ def test_a_cancelled_trial_is_torn_down_by_its_hook_in_another_process(stage: St
     assert stage.live("Deployment") == []
 
 
+def test_the_hook_waits_for_whoever_has_the_target(stage: Stage, client: SyncPrefectClient) -> None:
+    report = rolled_out(stage)
+    forget_the_end(stage, report, client)
+    bootstrap([stage.target])
+    request = stage.request(teardown="always").model_dump(mode="json")
+    run = client.read_flow_run(UUID(report.run_id)).model_copy(update={"parameters": {"request": request}})
+    hook = threading.Thread(
+        target=clean_up_killed, kwargs={"flow": rollout_model, "flow_run": run, "state": Cancelled()}
+    )
+    waiting = Heard("waiting for 1 of the limit")
+    with target_alone_after(stage.target.name, from_deployment=True, patience_s=1), waiting:
+        hook.start()
+        waiting.wait()
+        assert stage.live("Deployment"), "a queued run may be delivering it"
+    hook.join(DEADLINE_S)
+    assert stage.live("Deployment") == []
+
+
+def test_a_target_that_stays_taken_is_left_to_the_janitor(stage: Stage) -> None:
+    bootstrap([stage.target])
+    name = stage.target.name
+    with (
+        target_alone_after(name, from_deployment=True, patience_s=1),
+        pytest.raises(DeadlineExceeded, match="others hold it for longer than 1 s"),
+        target_alone_after(name, from_deployment=True, patience_s=1),
+    ):
+        pass
+
+
+def test_a_missing_limit_is_an_error_for_a_deployment_and_nothing_for_a_laptop() -> None:
+    with target_alone_after("nobodys-target", from_deployment=False, patience_s=1):
+        pass
+    with (
+        pytest.raises(BadInput, match="llm-rollout bootstrap"),
+        target_alone_after("nobodys-target", from_deployment=True, patience_s=1),
+    ):
+        pass
+
+
 def test_a_run_that_died_before_it_changed_anything_needs_no_clean_up(stage: Stage, client: SyncPrefectClient) -> None:
     request = stage.request(teardown="always").model_dump(mode="json")
     run = FlowRun(id=UUID(int=1), flow_id=UUID(int=2), parameters={"request": request})
@@ -123,9 +172,53 @@ def test_a_run_without_sign_of_life_is_marked_as_crashed(stage: Stage, client: S
     now = utc_now()
     assert zombies(stage, now) == ()
     assert zombies(stage, now + SILENCE * 2) == (str(silent.id),)
-    ended = client.read_flow_run(silent.id).state
-    assert ended is not None
-    assert ended.is_crashed()
+    outcome = wait(client, silent.id, DEADLINE_S)
+    assert (outcome.outcome, outcome.exit_code) == ("crashed", ExitCode.FAILED)
+    assert "no sign of life" in outcome.detail
+    wait_for(lambda: announced(client, silent.id) == ["crashed"])
     left = client.read_flow_run(foreign.id).state
     assert left is not None
     assert left.is_running()
+
+
+def test_runs_that_never_began_are_found_on_every_page(stage: Stage, client: SyncPrefectClient) -> None:
+    request = {"target": str(stage.target_file), "follow": [{"model": str(stage.model_file)}]}
+    pending = {
+        str(client.create_flow_run(watch_releases, parameters={"request": request}, state=Pending()).id)
+        for _ in range(PAGE + 1)
+    }
+    now = utc_now()
+    assert zombies(stage, now + SILENCE) == (), "a pod may take that long to start"
+    assert set(zombies(stage, now + START_PATIENCE)) == pending
+    assert announced(client, UUID(min(pending))) == [], "only rollouts have outcomes"
+
+
+def announced(client: SyncPrefectClient, run_id: UUID) -> list[str]:
+    """The outcomes of a run that everybody could hear of."""
+    wanted = {"event": {"prefix": [OUTCOME_EVENT_PREFIX]}, "resource": {"id": [f"llm-rollout.run.{run_id}"]}}
+    response = client.request("POST", "/events/filter", json={"filter": wanted})
+    response.raise_for_status()
+    return [event["event"].removeprefix(OUTCOME_EVENT_PREFIX) for event in response.json()["events"]]
+
+
+class Heard(logging.Handler):
+    """Waits for a line of the limits' log."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self._part = part
+        self._heard = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._part in record.getMessage():
+            self._heard.set()
+
+    def wait(self) -> None:
+        assert self._heard.wait(DEADLINE_S)
+
+    def __enter__(self) -> Self:
+        limits.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        limits.logger.removeHandler(self)

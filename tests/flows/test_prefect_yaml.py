@@ -17,11 +17,14 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
-from flows.bootstrap import LAPTOP_POOL, bootstrap
+from flows.bootstrap import DEFAULT_GPUS, LAPTOP_POOL, bootstrap
 from flows.ci import start
 from rollout import catalog
+from rollout.delivery import surge_gpus
+from rollout.policy import RolloutPolicy
 from rollout.releases import RELEASE_EVENT, Announcement
 from rollout.report import utc_now
+from rollout.request import RolloutRequest, resolve
 from tasks.releases import event_of
 from tests.flows.command_line import DEADLINE_S, run
 from tests.flows.conftest import Stage
@@ -81,6 +84,41 @@ def test_triggers_are_valid_and_ask_for_a_commit_under_approval(deployment: dict
         assert request["revision"] == "{{ event.payload.commit_sha }}"
         assert request["policy"]["approval"] == "always"
         assert request["model"] == deployment["parameters"]["request"]["model"]
+        related = trigger.match_related
+        assert related["prefect.resource.id"] == [f"llm-rollout.target.{request['target']}"]
+
+
+@each_deployment
+def test_rollouts_go_back_by_themselves_and_all_of_a_model_take_the_same_way(deployment: dict[str, Any]) -> None:
+    if not deployment["entrypoint"].endswith("rollout_model"):
+        return
+    requests = [spec["parameters"]["request"] for spec in (deployment, *deployment.get("triggers", []))]
+    policies = [RolloutPolicy.model_validate(request["policy"]) for request in requests]
+    assert len({policy.delivery for policy in policies}) == 1
+    assert policies[0].delivery.by_revisions
+    spec = resolve(RolloutRequest.model_validate(requests[0]))
+    needed = spec.serving.replicas * spec.serving.accelerator.count + surge_gpus(spec.policy.delivery, spec.serving)
+    assert needed <= DEFAULT_GPUS
+
+
+def test_every_target_with_a_rollout_has_what_belongs_to_it() -> None:
+    per_target: dict[str, set[str]] = {}
+    for deployment in DEPLOYMENTS:
+        target = next(tag.removeprefix("target:") for tag in deployment["tags"] if tag.startswith("target:"))
+        per_target.setdefault(target, set()).add(deployment["entrypoint"].rpartition(".")[2])
+    expected = {"plan_model", "publish_model_weights", "verify_model", "teardown_model", "watch_releases", "janitor"}
+    incomplete = [target for target, flows in per_target.items() if "rollout_model" in flows and not expected <= flows]
+    assert incomplete == []
+
+
+def test_whatever_is_rolled_out_is_verified_and_its_releases_are_watched() -> None:
+    def pairs(flow: str) -> set[tuple[str, str]]:
+        requests = [each["parameters"]["request"] for each in DEPLOYMENTS if each["entrypoint"].endswith(f".{flow}")]
+        return {(request["model"], request["target"]) for request in requests}
+
+    watches = [each["parameters"]["request"] for each in DEPLOYMENTS if each["entrypoint"].endswith(".watch_releases")]
+    watched = {(followed["model"], watch["target"]) for watch in watches for followed in watch["follow"]}
+    assert pairs("rollout_model") == pairs("verify_model") == watched
 
 
 def test_the_form_begins_with_what_people_decide_on_and_names_units() -> None:
@@ -172,7 +210,7 @@ def test_a_release_event_starts_one_rollout_of_that_commit_however_often_it_is_s
             threading.Event().wait(0.3)
         (run,) = runs
         assert run.parameters["request"]["revision"] == announcement.commit_sha
-        assert run.parameters["request"]["policy"] == {"approval": "always"}
+        assert run.parameters["request"]["policy"] == {"approval": "always", "delivery": {"kind": "blue_green"}}
         others = client.read_deployment_by_name("rollout-model/gemma-4-26b-a4b-it-s3ns-france")
         assert started(client, others.id) == []
         client.delete_flow_run(run.id)  # no worker of another test shall start it

@@ -45,11 +45,11 @@ class Watched:
         self.publish(seed=1)
         StorageClient(stage.target).ensure_bucket()
 
-    def publish(self, *, seed: int, readme: str = "") -> None:
+    def publish(self, *, seed: int, readme: str = "", tags: tuple[str, ...] = ()) -> None:
         model = tiny_model(self._folder / f"seed-{seed}", seed=seed)
         if readme:
             (model / "README.md").write_text(readme)
-        self._store.publish(self.repo_id, model)
+        self._store.publish(self.repo_id, model, tags=tags)
 
     @property
     def request(self) -> WatchRequest:
@@ -123,6 +123,22 @@ def test_a_watch_that_died_before_sending_is_made_good_and_one_that_died_after_i
     died_after.write(decided)  # as if it had died after the event, before it could note so
     watch_releases(watched.request)
     assert len(watched.events(client)) == 1
+
+
+def test_each_new_tag_that_matches_is_announced_exactly_once(watched: Watched, client: SyncPrefectClient) -> None:
+    followed = Followed(model=str(watched.preset), tags="v*")
+    request = watched.request.model_copy(update={"follow": (followed,)})
+    watched.publish(seed=2, tags=("v1",))
+    assert watch_releases(request) == ()
+    watched.publish(seed=3)
+    assert watch_releases(request) == (), "a commit without a tag"
+    watched.publish(seed=4, tags=("v2", "nightly"))
+    watched.publish(seed=5, tags=("v3",))
+    announced = watch_releases(request)
+    assert [(each.tag, each.revision) for each in announced] == [("v2", "v2"), ("v3", "v3")]
+    assert announced[1].commit_sha == watched.commit
+    assert watch_releases(request) == ()
+    wait_for(lambda: len(watched.events(client)) == 2)
 
 
 def test_a_new_readme_is_no_release(watched: Watched, client: SyncPrefectClient) -> None:
@@ -207,8 +223,17 @@ def test_a_message_starts_the_watch_and_its_repetition_starts_nothing_more(deplo
     status, first = send(deployment, MESSAGE)
     assert status == 202
     assert send(deployment, MESSAGE) == (202, first)
-    moved = {**MESSAGE, "repo": {**MESSAGE["repo"], "headSha": "c" * 40}}  # type: ignore[dict-item]
+    moved = {**MESSAGE, "updatedRefs": [{"ref": "refs/heads/main", "oldSha": "a" * 40, "newSha": "c" * 40}]}
     assert send(deployment, moved)[1] != first
+
+
+def test_a_new_tag_starts_the_watch_although_the_head_stays(deployment: str) -> None:
+    _, first = send(deployment, MESSAGE)
+    tagged = {**MESSAGE, "updatedRefs": [{"ref": "refs/tags/v2", "oldSha": None, "newSha": "a" * 40}]}
+    status, second = send(deployment, tagged)
+    assert status == 202
+    assert second != first
+    assert send(deployment, tagged) == (202, second)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +244,9 @@ def test_a_message_starts_the_watch_and_its_repetition_starts_nothing_more(deplo
         ({"event": "?"}, SECRET, 400),
         ([], SECRET, 400),
         ({**MESSAGE, "event": {"action": "create", "scope": "discussion"}}, SECRET, 200),
+        ({**MESSAGE, "updatedRefs": []}, SECRET, 200),
+        ({key: value for key, value in MESSAGE.items() if key != "updatedRefs"}, SECRET, 200),
+        ({**MESSAGE, "updatedRefs": [{"ref": "refs/tags/v1", "oldSha": "a" * 40, "newSha": None}]}, SECRET, 200),
     ],
 )
 def test_what_is_no_message_about_files_starts_nothing(body: Any, secret: str, status: int) -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from rollout.capacity import GpuRoom, check_surge, gpus_per_node
+from rollout.capacity import GpuRoom, check_surge, gpus_at_once, gpus_per_node
+from rollout.delivery import DeliveryKind, DeliveryStrategy
+from rollout.model import PinnedModel
+from rollout.plan import Observation, make_plan
+from rollout.policy import RolloutPolicy
 from rollout.preflight import CheckState
+from rollout.report import Action, Change
 from rollout.serving import Accelerator, ServingSpec, UpdateStrategy
 from rollout.target import Cluster, ClusterMode, NodePool, Target
 
 SERVING = ServingSpec(served_model_name="m")
+THREE_PAIRS = ServingSpec(served_model_name="m", replicas=3, accelerator=Accelerator(count=2))
+IN_PLACE = DeliveryStrategy()
+CANARY = DeliveryStrategy(kind=DeliveryKind.CANARY)
 TARGET = Target(name="t", project="my-project", region="r", bucket="my-bucket")
 
 
@@ -41,7 +49,7 @@ def test_new_nodes_are_what_the_idle_gpus_do_not_hold(room: GpuRoom, replicas: i
     ],
 )
 def test_a_rolling_update_needs_room_for_one_more_pod(room: GpuRoom, replaces_pods: bool, state: CheckState) -> None:
-    check = check_surge(SERVING, room, replaces_pods=replaces_pods)
+    check = check_surge(SERVING, IN_PLACE, room, running=int(replaces_pods), replaces_pods=replaces_pods)
     assert check.state is state
     assert ("strategy: recreate" in check.resolution) == (state is not CheckState.OK)
 
@@ -49,7 +57,47 @@ def test_a_rolling_update_needs_room_for_one_more_pod(room: GpuRoom, replaces_po
 def test_recreate_needs_no_spare_gpu() -> None:
     serving = SERVING.model_copy(update={"strategy": UpdateStrategy.RECREATE})
     full = GpuRoom(gpus_per_node=1, free_quota=0)
-    assert check_surge(serving, full, replaces_pods=True).state is CheckState.NOT_APPLICABLE
+    check = check_surge(serving, IN_PLACE, full, running=1, replaces_pods=True)
+    assert check.state is CheckState.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize(
+    ("free", "running", "beside_live", "state"),
+    [
+        (6, 0, True, CheckState.OK),
+        (5, 0, True, CheckState.FAILED),
+        (0, 3, True, CheckState.OK),
+        (12, 0, False, CheckState.OK),
+        (11, 0, False, CheckState.WARNING),
+        (6, 3, False, CheckState.OK),
+    ],
+)
+def test_a_canary_needs_room_for_all_its_pods_beside_the_live_ones(
+    free: float, running: int, beside_live: bool, state: CheckState
+) -> None:
+    room = GpuRoom(gpus_per_node=2, free_quota=free)
+    check = check_surge(THREE_PAIRS, CANARY, room, running=running, replaces_pods=beside_live)
+    assert check.state is state
+    assert ("kind: rolling" in check.resolution) == (state is not CheckState.OK)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "live", "gpus"),
+    [
+        (IN_PLACE, Action.CREATED, 6),
+        (IN_PLACE, Action.UNCHANGED, 6),
+        (IN_PLACE, Action.UPDATED, 8),
+        (CANARY, Action.CREATED, 12),
+    ],
+)
+def test_a_rollout_holds_the_gpus_of_all_pods_that_are_there_at_once(
+    strategy: DeliveryStrategy, live: Action, gpus: int
+) -> None:
+    deployment = {"kind": "Deployment", "metadata": {"name": "m", "namespace": "default"}}
+    observed = Observation(object_changes=(Change(action=live, kind="Deployment", name="default/m"),))
+    model = PinnedModel(repo_id="google/gemma", revision="main", commit_sha="a" * 40, files=())
+    policy = RolloutPolicy(delivery=strategy)
+    assert gpus_at_once(make_plan(model, THREE_PAIRS, TARGET, policy, observed, [deployment])) == gpus
 
 
 def test_the_machine_follows_from_pool_class_or_accelerator() -> None:

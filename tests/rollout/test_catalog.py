@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rollout import catalog
 from rollout.errors import BadInput
+from rollout.policy import RolloutPolicy
 from rollout.request import RolloutRequest, resolve
+from rollout.target import Approval
 
 
 @pytest.mark.parametrize("name", catalog.known("models"))
@@ -55,6 +58,25 @@ def test_wishes_of_the_request_lie_over_the_preset() -> None:
     )
     assert (spec.model.revision, spec.serving.replicas, spec.serving.max_model_len) == ("v1", 2, 4096)
     assert spec.serving.served_model_name == "google/gemma-4-31B-it"
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "counts"),
+    [
+        ("never", "never", "never"),
+        ("never", "on_change", "on_change"),
+        ("always", "on_change", "always"),
+        ("on_change", "always", "always"),
+    ],
+)
+def test_no_form_goes_below_the_approval_that_the_target_asks_for(
+    asked: str, least: str, counts: str, tmp_path: Path
+) -> None:
+    target = catalog.load_target("s3ns-france").model_copy(update={"approval": Approval(least)})
+    path = tmp_path / "target.yaml"
+    path.write_text(yaml.safe_dump(target.model_dump(mode="json")))
+    request = RolloutRequest(target=str(path), policy=RolloutPolicy(approval=Approval(asked)))
+    assert resolve(request).policy.approval is Approval(counts)
 
 
 def test_an_impossible_wish_names_the_field(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rollout.dashboards import CHARTS, DashboardKind, console_links, dashboard_json
 from rollout.profiles import Targets
-from rollout.target import Target
+from rollout.target import Cluster, ClusterMode, CredentialSource, Target
 from rollout.universe import Universe
 
 VLLM_METRICS = {
@@ -87,7 +87,17 @@ def test_links_lead_to_the_universes_own_console(domain: str, console: str) -> N
     target = Target(
         name="t", project="my-project", region="u-france-east1", bucket="abc", universe=Universe(domain=domain)
     )
-    links = console_links(target, "vllm-gemma")
+    links = console_links(target, "vllm-gemma-0123abcd", instance="vllm-gemma")
 
     assert all(link.startswith(console) and "project=my-project" in link for link in links.values())
-    assert "/kubernetes/deployment/u-france-east1/llm-serving/default/vllm-gemma/overview" in links["workload"]
+    assert "/kubernetes/deployment/u-france-east1/llm-serving/default/vllm-gemma-0123abcd/overview" in links["workload"]
+    assert links["bucket"] == f"{console}storage/browser/abc?project=my-project"
+    assert "%22vllm-gemma%22" in links["logs"]
+
+
+def test_there_are_no_links_to_pages_that_do_not_exist() -> None:
+    by_kubeconfig = Cluster(mode=ClusterMode.KUBECONFIG)
+    target = Target(name="t", project="my-project", region="r", bucket="abc", cluster=by_kubeconfig)
+    assert list(console_links(target, "m", instance="m")) == ["bucket"]
+    embedded = target.model_copy(update={"credentials": CredentialSource.ANONYMOUS})
+    assert console_links(embedded, "m", instance="m") == {}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 
 from rollout.model import ModelFile, PinnedModel
 from rollout.plan import Observation, RolloutPlan, make_plan, rollout_id
 from rollout.policy import RolloutPolicy
+from rollout.record import RolloutReport
 from rollout.report import Action, Change
 from rollout.serving import ServingSpec
-from rollout.target import Cluster, ClusterMode, IdentityMode, Target
+from rollout.show import plan_markdown, report_markdown
+from rollout.target import Approval, Cluster, ClusterMode, IdentityMode, Target
 
 MODEL = PinnedModel(
     repo_id="google/gemma-4-31B-it",
@@ -37,6 +41,21 @@ def plan_for(observed: Observation, target: Target = TARGET, serving: ServingSpe
 
 def actions(plan: RolloutPlan) -> dict[str, Action]:
     return {f"{change.kind} {change.name}": change.action for change in plan.changes}
+
+
+def test_plan_and_report_lead_to_the_consoles_pages() -> None:
+    plan = plan_for(Observation())
+    report = RolloutReport(run_id="r", started_at=datetime(2026, 11, 27, tzinfo=UTC), plan=plan)
+    for page in (plan_markdown(plan), report_markdown(report)):
+        assert "[workload](https://console.cloud.s3nscloud.fr/kubernetes/deployment/u-france-east1/" in page
+        assert "[bucket](https://console.cloud.s3nscloud.fr/storage/browser/my-bucket?project=my-project)" in page
+
+
+def test_the_plan_says_who_is_asked_and_what_the_target_wants_at_least() -> None:
+    assert "| approval | never |" in plan_markdown(plan_for(Observation()))
+    strict = TARGET.model_copy(update={"approval": Approval.ON_CHANGE})
+    assert "| approval | never (at s3ns, on change at least) |" in plan_markdown(plan_for(Observation(), strict))
+    assert rollout_id(MODEL, SERVING, strict) == rollout_id(MODEL, SERVING, TARGET)
 
 
 def test_an_empty_project_gets_everything_created() -> None:

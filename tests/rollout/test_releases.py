@@ -15,8 +15,11 @@ from rollout.releases import (
     ReleasePolicy,
     WatchState,
     decide,
+    decide_tag,
     etag_to_send,
+    new_tags,
     with_etag,
+    with_tags,
 )
 
 NOON = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -94,10 +97,81 @@ def test_of_several_commits_that_waited_only_the_newest_is_announced(watched: Wa
 
 
 def test_the_hub_is_asked_without_an_etag_while_a_commit_waits(watched: WatchState) -> None:
-    state = with_etag(watched, "gemma", 'W/"1"')
-    assert etag_to_send(state, "gemma") == 'W/"1"'
+    state = with_etag(watched, FOLLOWED, 'W/"1"')
+    assert etag_to_send(state, FOLLOWED) == 'W/"1"'
     _, state = look(state, head("2", "b"), ReleasePolicy(quiet_hours=NIGHTS), NIGHT)
-    assert etag_to_send(with_etag(state, "gemma", 'W/"2"'), "gemma") == ""
+    assert etag_to_send(with_etag(state, FOLLOWED, 'W/"2"'), FOLLOWED) == ""
+
+
+# --- Tags -------------------------------------------------------------------------------------------------------------
+
+VERSIONS = Followed(model="gemma", tags="v*")
+
+
+def look_at_tags(
+    state: WatchState, listed: dict[str, str], policy: ReleasePolicy | None = None, now: datetime = NOON
+) -> tuple[dict[str, Decision], WatchState]:
+    """One look at the tags, which point to commits whose weights are named like them."""
+    fresh, state = new_tags(state, VERSIONS, listed), with_tags(state, VERSIONS, listed)
+    decisions = {}
+    for tag in fresh:
+        pinned = head(listed[tag], listed[tag])
+        decisions[tag], state = decide_tag(
+            state, VERSIONS, tag, listed[tag], pinned, policy or ReleasePolicy(), "s3ns", now
+        )
+    return decisions, state
+
+
+@pytest.fixture
+def tagged() -> WatchState:
+    """A state that knows the tag v1.0."""
+    return look_at_tags(WatchState(), {"v1.0": "1"})[1]
+
+
+def test_the_first_look_takes_all_tags_as_known(tagged: WatchState) -> None:
+    assert tagged.announcements == ()
+    assert look_at_tags(tagged, {"v1.0": "1"})[0] == {}
+
+
+def test_each_new_tag_is_announced_once_in_the_order_of_versions_and_others_are_not(tagged: WatchState) -> None:
+    listed = {"nightly": "9", "v1.0": "1", "v1.10": "3", "v1.9": "2"}
+    _, state = look_at_tags(tagged, listed)
+    assert [(entry.tag, entry.commit_sha[0]) for entry in state.unsent] == [("v1.9", "2"), ("v1.10", "3")]
+    assert look_at_tags(state, listed)[0] == {}
+
+
+def test_a_tag_that_is_moved_is_a_release(tagged: WatchState) -> None:
+    assert look_at_tags(tagged, {"v1.0": "2"})[0] == {"v1.0": Decision.ANNOUNCE}
+
+
+def test_a_tag_on_the_weights_of_the_last_one_is_passed_over_unless_the_policy_wants_it(tagged: WatchState) -> None:
+    _, state = look_at_tags(tagged, {"v1.1": "2"})
+    again = {"v1.1": "2", "v1.1-docs": "2"}
+    assert look_at_tags(state, again)[0] == {"v1.1-docs": Decision.ONLY_DOCS}
+    assert look_at_tags(state, again, ReleasePolicy(only_weights=False))[0] == {"v1.1-docs": Decision.ANNOUNCE}
+
+
+def test_tags_wait_out_quiet_hours_and_the_daily_share_each_for_itself(tagged: WatchState) -> None:
+    policy = ReleasePolicy(quiet_hours=NIGHTS, max_per_day=1)
+    listed = {"v1.1": "2", "v1.2": "3"}
+    quiet, state = look_at_tags(tagged, listed, policy, NIGHT)
+    assert set(quiet.values()) == {Decision.QUIET}
+    later, state = look_at_tags(state, listed, policy, NOON + timedelta(days=1))
+    assert later == {"v1.1": Decision.ANNOUNCE, "v1.2": Decision.CAPPED}
+    last, state = look_at_tags(state, listed, policy, NOON + timedelta(days=2))
+    assert last == {"v1.2": Decision.ANNOUNCE}
+
+
+def test_a_model_may_be_followed_by_its_branch_and_by_its_tags(tagged: WatchState) -> None:
+    _, state = look(look(tagged, head("1"))[1], head("2", "b"))
+    _, state = look_at_tags(state, {"v1.0": "1", "v1.1": "2"})
+    assert [entry.tag for entry in state.unsent] == ["", "v1.1"]
+    assert len({entry.event_id for entry in state.unsent}) == 2
+
+
+def test_branch_and_tags_in_one_are_refused() -> None:
+    with pytest.raises(ValidationError, match="either revision or tags"):
+        Followed(model="gemma", revision="main", tags="v*")
 
 
 def test_the_daily_share_counts_the_last_24_hours_and_then_frees_up(watched: WatchState) -> None:
