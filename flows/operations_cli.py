@@ -243,25 +243,18 @@ def janitor(
 def status(target: TargetOption) -> None:
     """Which model commit serves where, since when, with which evidence; and where the cluster disagrees."""
     from rollout.catalog import load_target
-    from rollout.clients.cluster import ClusterClient
-    from rollout.clients.records import RecordStore
-    from rollout.errors import NotFound
-    from rollout.ledger import drift, serving_now
+    from rollout.clients.drift import status_of
 
     where = load_target(target)
-    live = serving_now(RecordStore(where).read_all())
-    for serving in live.values():
+    live, differences = status_of(where)
+    for serving in live:
         typer.echo(
             f"{serving.instance}: {serving.model} since {serving.since:%Y-%m-%d %H:%M} UTC,"
             f" {serving.evidence.value}, run {serving.run_id}"
         )
     if not live:
         typer.echo(f"by its records, nothing serves on {where.name}")
-    try:
-        manifests = ClusterClient.connect(where).inventory()
-    except NotFound:
-        manifests = ()
-    for difference in drift(live, manifests):
+    for difference in differences:
         typer.echo(
             f"drift: {difference.instance}: recorded is {difference.recorded}, live is {difference.live}."
             f" {difference.what_to_do}"

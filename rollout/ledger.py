@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from rollout.delivery import Outcome
+from rollout.diff import ObjectDiff
 from rollout.objects import INSTANCE_LABEL, MODEL_ANNOTATION, ROLLOUT_LABEL
 from rollout.plan import LiveVersion, RolloutPlan
 from rollout.policy import Teardown
@@ -24,6 +25,7 @@ EXPIRY_ANNOTATION = "llm-rollout.dev/expires-at"
 
 APPLY_STEP = "apply manifests"
 UNDO_STEP = "undo update"
+CHANGED_BY_HAND = "Somebody changed it by hand: roll out again to put it back, or roll out what should be there."
 
 _REVISION = re.compile(r"-[0-9a-f]{8}")
 
@@ -200,6 +202,25 @@ def drift(live: Mapping[str, Serving], manifests: Iterable[Mapping[str, Any]]) -
         # Several revisions stand side by side while the old one is kept warm: one of them must be the recorded one.
         differences = [_difference(instance, recorded, manifest) for manifest in deployments[instance]]
         found += next((difference for difference in differences if not difference), differences[0])
+    return tuple(found)
+
+
+def object_drift(instance: str, diffs: Iterable[ObjectDiff]) -> tuple[Drift, ...]:
+    """The differences of single objects: `diffs` are what it would take to have them as they were rolled out."""
+    found: list[Drift] = []
+    for diff in diffs:
+        where = f"{diff.kind} {diff.name}"
+        if diff.action is Action.CREATED:
+            found.append(Drift(instance=instance, recorded=where, live="nothing", what_to_do=CHANGED_BY_HAND))
+        found += [
+            Drift(
+                instance=instance,
+                recorded=f"{where} {field.path}: {field.after or 'absent'}",
+                live=field.before or "absent",
+                what_to_do=CHANGED_BY_HAND,
+            )
+            for field in diff.fields
+        ]
     return tuple(found)
 
 

@@ -39,6 +39,18 @@ def test_status_history_verify_and_rollback_follow_the_records(stage: Stage) -> 
     assert "drift" not in status
     assert first.run_id in shown("history", *target)
 
+    (deployment,) = stage.live("Deployment")
+    cluster = ClusterClient.connect(stage.target)
+    by_hand = {"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 77}}}}
+    path, kind = cluster.api.path_of(deployment), "application/merge-patch+json"
+    cluster.api.request("PATCH", path, {"fieldManager": "kubectl-edit"}, by_hand, kind)
+    changed = shown("status", *target)
+    assert "drift" in changed
+    assert "terminationGracePeriodSeconds" in changed
+    back = {"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 5}}}}
+    cluster.api.request("PATCH", path, {"fieldManager": "kubectl-edit"}, back, kind)
+    assert "drift" not in shown("status", *target)
+
     verified = verify_model(stage.request())
     assert verified.verdict is Verdict.DONE
     assert verified.run_id not in shown("history", *target), "a verification rolls nothing out"
