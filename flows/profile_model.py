@@ -24,6 +24,7 @@ from tasks.profiling import (
     require_forecast,
     require_held,
     require_metrics_adapter,
+    require_unserved,
     scale_out,
 )
 from tasks.record import Record, recorded
@@ -58,6 +59,7 @@ def profile_model(
         story = record.story
         plan = make_plan(spec, story)  # for all replicas: quota and cost are about the whole
         record.keep(plan=plan)
+        require_unserved(plan)
         require_approval(plan, story)
         with gpus_of(plan), torn_down_by_policy(plan, record):
             provision(plan, record)
