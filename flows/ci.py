@@ -42,6 +42,7 @@ _VERDICTS = {
     "objectives-missed": Verdict.OBJECTIVES_MISSED,
     "not-approved": Verdict.NOT_APPROVED,
 }
+_TOLD_BY_RUN = ("done", "failed", "rolled-back", "objectives-missed")
 _STEPS = {StateType.COMPLETED: StepStatus.DONE, StateType.PENDING: StepStatus.SKIPPED}
 """Every other state means that a step failed, or did not end."""
 
@@ -60,8 +61,8 @@ class Outcome(Value):
 
     @property
     def summary(self) -> str:
-        """For people; never empty."""
-        return self.page or summary_markdown(self.report)
+        """For people; never empty. A run that others ended has no last word: its page may still say that it waits."""
+        return self.page if self.page and self.outcome in _TOLD_BY_RUN else summary_markdown(self.report)
 
     @property
     def exit_code(self) -> ExitCode:

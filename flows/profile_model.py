@@ -26,6 +26,7 @@ from tasks.profiling import (
     require_forecast,
     require_held,
     require_metrics_adapter,
+    require_unserved,
     scale_out,
 )
 from tasks.record import Record, recorded
@@ -61,6 +62,7 @@ def profile_model(
         # For all replicas: quota and cost are about the whole.
         plan, planned_at = make_plan(spec, story), time.monotonic()
         record.keep(plan=plan)
+        require_unserved(plan)
         require_approval(plan, story)
         with gpus_of(plan):
             plan = plan_of_now(plan, spec, story, age_s=time.monotonic() - planned_at)

@@ -13,10 +13,13 @@ from rollout.benchmark import BenchmarkReport, BenchmarkSpec
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.history import BucketHistory
 from rollout.clients.recommender import Recommender
+from rollout.clients.records import RecordStore
 from rollout.errors import BadInput, DeadlineExceeded, ObjectivesMissed, RolloutError, TransientError
 from rollout.history import records_of
+from rollout.ledger import last_applied
 from rollout.model import PinnedModel
 from rollout.plan import RolloutPlan, known_price, rollout_id
+from rollout.policy import Teardown
 from rollout.preflight import CheckState
 from rollout.profiles import Gap, MeasuredOn, Profile, ProfileQuery, gaps, measured_profile
 from rollout.profiling import (
@@ -34,6 +37,21 @@ from rollout.request import RolloutSpec
 from rollout.show import table
 from tasks.step import Artifact, Outcome, step
 from tasks.verify import measure
+
+
+def require_unserved(plan: RolloutPlan) -> None:
+    """Raise BadInput, before anything changes, where a version serves that is to stay.
+
+    A profile takes its place, and the teardown afterwards would remove it, since both have the same name.
+    """
+    served = last_applied(RecordStore(plan.target).read_all(), plan.serving.name)
+    stays = served is not None and served.plan is not None and served.plan.policy.teardown is not Teardown.ALWAYS
+    if stays and plan.policy.teardown is not Teardown.NEVER:
+        raise BadInput(
+            f"{plan.serving.name} serves there, and the teardown after the profile would remove it.",
+            where=f"target {plan.target.name}",
+            resolution="Profile on a target or namespace where it does not serve, or tear it down first.",
+        )
 
 
 @step("profile")

@@ -125,6 +125,7 @@ def test_an_approval_that_nobody_gives_ends_with_the_same_code(client: SyncPrefe
     outcome = wait(client, run.id, DEADLINE_S)
     assert outcome.exit_code is ExitCode.NOT_APPROVED
     assert "nobody answered in time; nothing was changed" in outcome.detail
+    assert "**Not approved**" in outcome.summary
 
 
 def test_an_answer_counts_only_for_the_plan_that_was_shown(

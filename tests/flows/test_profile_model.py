@@ -83,6 +83,15 @@ def test_a_profile_becomes_an_autoscaler_that_brings_the_replicas_and_a_later_ro
     teardown_model(target=str(stage.target_file), model=str(stage.model_file))
 
 
+@pytest.mark.parametrize("kind", ["rolling", "blue_green"])
+def test_what_serves_is_not_taken_down_for_a_profile(kind: str, stage: Stage) -> None:
+    rollout_model(request(stage, 1, benchmark=None, delivery={"kind": kind}))
+    before = stage.live("Deployment")
+    with pytest.raises(BadInput, match="serves there"):
+        profile_model(request(stage, 1, teardown="always"))
+    assert stage.live("Deployment") == before
+
+
 def test_without_a_profile_an_autoscaled_rollout_ends_before_it_changes_anything(stage: Stage) -> None:
     with pytest.raises(BadInput, match="no measured profile") as refused:
         rollout_model(request(stage, 1, autoscaling={}))
