@@ -360,7 +360,11 @@ def create_manifests(
     accelerator_type: Annotated[str, typer.Option("--accelerator-type", help="E.g. nvidia-h100-80gb.")],
     model_server: RequiredServer = "vllm",
     model_server_version: Annotated[
-        str | None, typer.Option("--model-server-version", help="Default: the newest that is known.")
+        str | None,
+        typer.Option(
+            "--model-server-version",
+            help="Default: the newest that is known here; with --generator=google, gcloud's default: latest.",
+        ),
     ] = None,
     accelerator_count: Annotated[
         int | None, typer.Option(min=1, help="Accelerators of one replica; default: as few as hold the model.")
@@ -484,7 +488,7 @@ def _sources(
     history: Path,
     query: ProfileQuery | None = None,
 ) -> list[ProfileSource]:
-    from rollout.clients.profile_sources import benchmark_file, bucket_history, local_history
+    from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
     from rollout.errors import BadInput
     from rollout.profiles import ProfileQuery
 
@@ -501,7 +505,7 @@ def _sources(
                 f"the source {name.value} belongs to a target.", where="--source", resolution="Give --target."
             )
         elif name is SourceName.BUCKET:
-            sources.append(bucket_history(where, query))
+            sources.append(BucketSource(where, query))
         else:
             from rollout.clients.recommender import Recommender
 
