@@ -389,6 +389,9 @@ def create_manifests(
     serving_stack: Annotated[str, typer.Option(help="vllm or llm-d.")] = "vllm",
     min_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's lower limit: capacity for bursts.")] = 1,
     max_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's upper limit.")] = 10,
+    utilisation: Annotated[
+        float | None, typer.Option(help="The HPA threshold's share of the load at the target; default: 0.8.")
+    ] = None,
     metrics_adapter: Annotated[str, typer.Option(help="stackdriver or prometheus.")] = "stackdriver",
     boot_disk_gib: Annotated[int | None, typer.Option(min=10, help="Cache weights on a larger boot disk.")] = None,
     gke_version: Annotated[str | None, typer.Option(help="The cluster's version, to be checked.")] = None,
@@ -435,6 +438,8 @@ def create_manifests(
     }
     if where:
         stated["universe"] = where.universe
+    if utilisation is not None:
+        stated["utilisation"] = utilisation
     request = validated(ManifestRequest, stated, where="manifests create")
     wanted = _choice(Output, output, "--output")
     if generator is Generator.GOOGLE:

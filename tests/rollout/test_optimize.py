@@ -459,11 +459,15 @@ def test_the_autoscaler_owns_the_replicas_and_does_not_flap() -> None:
     assert "/subject/ns/custom-metrics/sa/custom-metrics-stackdriver-adapter" in comments
 
 
-def test_spare_replicas_are_the_autoscalers_lower_limit() -> None:
+def test_spare_replicas_and_a_wider_buffer_can_be_asked_for() -> None:
     generated = generate(**CASES["autoscaling-ntpot"], min_replicas=2)
     (hpa,) = (each for each in generated.objects if each["kind"] == "HorizontalPodAutoscaler")
 
     assert (hpa["spec"]["minReplicas"], hpa["spec"]["maxReplicas"]) == (2, 10)
+    assert hpa["spec"]["metrics"][0]["pods"]["target"]["averageValue"] == "32"
+    wider = generate(**CASES["autoscaling-ntpot"], utilisation=0.5).autoscaling
+    assert wider is not None
+    assert wider.threshold == 20  # half of the 40 in flight at saturation
     with pytest.raises(ValueError, match="min_replicas=11 is more than"):
         generate(**CASES["autoscaling-ntpot"], min_replicas=11)
 
