@@ -433,6 +433,16 @@ def test_a_target_that_the_source_does_not_state_is_not_called_too_low() -> None
     assert "NTPOT or TTFT" in str(refused.value)
 
 
+def test_a_threshold_says_what_its_curve_was_measured_with() -> None:
+    profile = curve(QWEN, "nvidia-l4").model_copy(
+        update={"model_server_version": "v0.7.2", "use_case": "Deep Research"}
+    )
+
+    reason = autoscaling_for(profile, Targets(), startup_s=1).reasons[-1]
+
+    assert reason == "From out/report.json, a measurement of 2026-11-22, with vllm v0.7.2, Deep Research."
+
+
 def test_littles_law_stands_in_for_an_unmeasured_concurrency() -> None:
     profile = curve(QWEN, "nvidia-l4")
     points = tuple(point.model_copy(update={"running_requests": None}) for point in profile.points)
