@@ -360,7 +360,11 @@ def create_manifests(
     accelerator_type: Annotated[str, typer.Option("--accelerator-type", help="E.g. nvidia-h100-80gb.")],
     model_server: RequiredServer = "vllm",
     model_server_version: Annotated[
-        str | None, typer.Option("--model-server-version", help="Default: the newest that is known.")
+        str | None,
+        typer.Option(
+            "--model-server-version",
+            help="Default: the newest that is known here; with --generator=google, gcloud's default: latest.",
+        ),
     ] = None,
     accelerator_count: Annotated[
         int | None, typer.Option(min=1, help="Accelerators of one replica; default: as few as hold the model.")
@@ -385,6 +389,9 @@ def create_manifests(
     serving_stack: Annotated[str, typer.Option(help="vllm or llm-d.")] = "vllm",
     min_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's lower limit: capacity for bursts.")] = 1,
     max_replicas: Annotated[int, typer.Option(min=1, help="The autoscaler's upper limit.")] = 10,
+    utilisation: Annotated[
+        float | None, typer.Option(help="The HPA threshold's share of the load at the target; default: 0.8.")
+    ] = None,
     metrics_adapter: Annotated[str, typer.Option(help="stackdriver or prometheus.")] = "stackdriver",
     boot_disk_gib: Annotated[int | None, typer.Option(min=10, help="Cache weights on a larger boot disk.")] = None,
     gke_version: Annotated[str | None, typer.Option(help="The cluster's version, to be checked.")] = None,
@@ -431,6 +438,8 @@ def create_manifests(
     }
     if where:
         stated["universe"] = where.universe
+    if utilisation is not None:
+        stated["utilisation"] = utilisation
     request = validated(ManifestRequest, stated, where="manifests create")
     wanted = _choice(Output, output, "--output")
     if generator is Generator.GOOGLE:
@@ -484,7 +493,7 @@ def _sources(
     history: Path,
     query: ProfileQuery | None = None,
 ) -> list[ProfileSource]:
-    from rollout.clients.profile_sources import benchmark_file, bucket_history, local_history
+    from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
     from rollout.errors import BadInput
     from rollout.profiles import ProfileQuery
 
@@ -501,7 +510,7 @@ def _sources(
                 f"the source {name.value} belongs to a target.", where="--source", resolution="Give --target."
             )
         elif name is SourceName.BUCKET:
-            sources.append(bucket_history(where, query))
+            sources.append(BucketSource(where, query))
         else:
             from rollout.clients.recommender import Recommender
 

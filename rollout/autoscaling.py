@@ -141,7 +141,9 @@ def autoscaling_for(
             f"Threshold: {running:.3g} x {utilisation:g} = {threshold}; the rest is the buffer while a replica starts"
             f" (about {startup_s:.0f} s).",
             f"From {profile.source.name}, a {profile.source.evidence.value}"
-            f"{f' of {profile.source.as_of}' if profile.source.as_of else ''}.",
+            f"{f' of {profile.source.as_of}' if profile.source.as_of else ''}"
+            f"{f', with {profile.model_server} {profile.model_server_version}' if profile.model_server_version else ''}"
+            f"{f', {profile.use_case}' if profile.use_case else ''}.",
         ),
     )
 

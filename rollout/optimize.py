@@ -29,6 +29,7 @@ from rollout.autoscaling import (
     autoscaler_object,
     autoscaling_for,
 )
+from rollout.curve import TARGET_UTILISATION
 from rollout.errors import BadInput
 from rollout.fit import DEFAULT_BOOT_DISK_GIB, check_ephemeral_storage
 from rollout.model_facts import ModelFacts
@@ -151,6 +152,8 @@ class ManifestRequest(Value):
     min_replicas: Annotated[int, Field(ge=1)] = 1
     """The autoscaler's lower limit: what stays when a burst comes before its replica does."""
     max_replicas: Annotated[int, Field(ge=1)] = 10
+    utilisation: Annotated[float, Field(gt=0, le=1)] = TARGET_UTILISATION
+    """The threshold's share of the requests in flight at the target; the rest is the buffer for bursts."""
     adapter: Adapter = Adapter.STACKDRIVER
     boot_disk_gib: Annotated[int, Field(ge=10)] | None = None
     """A larger boot disk for weights from the hub; None caches models of 90 GiB and more in memory."""
@@ -376,7 +379,12 @@ def _autoscaling(
         )
     # Replicas that the autoscaler adds find the cache that the first one has written.
     engine_start_s = TPU_CACHED_START_S if xla_cache_path(request, chip) else _first_engine_start_s(chip)
-    return autoscaling_for(profile, request.targets, startup_s=startup_s(facts, serving, engine_start_s))
+    return autoscaling_for(
+        profile,
+        request.targets,
+        startup_s=startup_s(facts, serving, engine_start_s),
+        utilisation=request.utilisation,
+    )
 
 
 def startup_s(facts: ModelFacts, serving: ServingSpec, engine_start_s: float = GPU_ENGINE_START_S) -> float:

@@ -107,7 +107,7 @@ def recommend(profiles: Sequence[Profile], requirements: Requirements, price_of:
         else:
             losers.append(Loser(profile=profile, reason=found))
     options.sort(key=lambda each: (each.usd_per_hour is None, each.usd_per_hour or 0.0, -each.headroom))
-    notes = []
+    notes = [] if profiles else ["the sources know no profile: benchmark first, or name another --source or --file"]
     if not options and requirements.targets.given():
         of_interest = [p for p in profiles if _wrong_kind(p, requirements) is None]
         ranges = "; ".join(map(str, possible_ranges(of_interest)))

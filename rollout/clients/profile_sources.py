@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from rollout.cost import Price, find_price
 from rollout.errors import BadInput
 from rollout.history import CurveRecord
 from rollout.profile_formats import accelerators_of, read_benchmarks_csv, read_inference_perf
-from rollout.profiles import MeasuredOn, Profile, ProfileQuery, StaticSource, at_ratio, measured_profile
+from rollout.profiles import (
+    MeasuredOn,
+    Profile,
+    ProfileAnswer,
+    ProfileQuery,
+    StaticSource,
+    at_ratio,
+    measured_profile,
+)
 from rollout.record import RolloutReport
 from rollout.target import Target
 
@@ -46,15 +55,40 @@ def local_history(folder: Path, query: ProfileQuery, *, region: str | None = Non
     return StaticSource(str(folder), _distinct(profiles), notes)
 
 
-def bucket_history(target: Target, query: ProfileQuery) -> StaticSource:
-    """Every benchmark that rollouts to this target kept in its bucket."""
-    profiles: list[Profile] = []
-    for report in RecordStore(target).read_all():
-        profiles += _of_record(report, f"gs://{target.bucket} {report.run_id}", query)
-    store = BucketHistory(target)
-    for key in store.keys(""):
-        profiles += _profiles_of(store.read(key), f"gs://{target.bucket} {key}", query, target.region)
-    return StaticSource(f"gs://{target.bucket}", _distinct(profiles))
+class BucketSource:
+    """Every benchmark that rollouts to this target kept in its bucket, as a `rollout.profiles.ProfileSource`.
+
+    It is read when it is first asked: a bucket that cannot be read then fails as a source, and hides no other one.
+    """
+
+    def __init__(self, target: Target, query: ProfileQuery) -> None:
+        self.name = f"gs://{target.bucket}"
+        self._target = target
+        self._query = query
+
+    @cached_property
+    def _kept(self) -> StaticSource:
+        target, profiles = self._target, list[Profile]()
+        for report in RecordStore(target).read_all():
+            profiles += _of_record(report, f"{self.name} {report.run_id}", self._query)
+        store = BucketHistory(target)
+        for key in store.keys(""):
+            profiles += _profiles_of(store.read(key), f"{self.name} {key}", self._query, target.region)
+        return StaticSource(self.name, _distinct(profiles))
+
+    def models(self) -> Sequence[str]:
+        return self._kept.models()
+
+    def model_servers(self, model: str) -> Sequence[str]:
+        return self._kept.model_servers(model)
+
+    def model_server_versions(self, model: str, model_server: str) -> Sequence[str]:
+        return self._kept.model_server_versions(model, model_server)
+
+    def profiles(self, query: ProfileQuery) -> ProfileAnswer:
+        return self._kept.profiles(query)
+
+    benchmarks = profiles
 
 
 def benchmark_file(path: Path, query: ProfileQuery) -> StaticSource:

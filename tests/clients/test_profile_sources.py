@@ -10,7 +10,7 @@ import pytest
 
 from rollout.benchmark import BenchmarkReport, BenchmarkSpec, Environment, benchmark_report
 from rollout.clients.history import BucketHistory, FolderHistory
-from rollout.clients.profile_sources import benchmark_file, bucket_history, local_history
+from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
 from rollout.clients.records import RecordStore, write_local
 from rollout.clients.storage import StorageClient
 from rollout.cost import PricingModel
@@ -19,7 +19,7 @@ from rollout.history import CurveRecord, keep
 from rollout.model import ModelFile, PinnedModel
 from rollout.plan import Observation, make_plan
 from rollout.policy import RolloutPolicy
-from rollout.profiles import ProfileQuery
+from rollout.profiles import ProfileQuery, ask
 from rollout.record import RolloutReport
 from rollout.serving import ServingSpec
 from rollout.target import CredentialSource, Endpoints, Target
@@ -109,15 +109,28 @@ def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
 def test_the_targets_bucket_is_a_source(tmp_path: Path) -> None:
     with StorageServer(root=tmp_path / "storage", project="my-project") as server:
         place = target(server.url)
-        assert bucket_history(place, EVERYTHING).models() == []
+        assert BucketSource(place, EVERYTHING).models() == []
         StorageClient(place).ensure_bucket()
         RecordStore(place).write(record(place))
         keep(BucketHistory(place), CurveRecord(report=benchmark("nvidia-l4")))
 
-        source = bucket_history(place, EVERYTHING)
+        source = BucketSource(place, EVERYTHING)
 
-    assert source.models() == ["org/model", "served-name"]
-    assert all(each.source.name.startswith("gs://profiles-of-ours") for each in source.profiles(EVERYTHING).profiles)
+        assert source.models() == ["org/model", "served-name"]
+        assert all(
+            each.source.name.startswith("gs://profiles-of-ours") for each in source.profiles(EVERYTHING).profiles
+        )
+
+
+def test_a_bucket_that_cannot_be_read_hides_no_other_source(tmp_path: Path) -> None:
+    write_local(record(target()), tmp_path / "report.json")
+    here = local_history(tmp_path, EVERYTHING)
+
+    with StorageServer(root=tmp_path / "storage", project="my-project", foreign_buckets=["profiles-of-ours"]) as server:
+        answer = ask([BucketSource(target(server.url), EVERYTHING), here], EVERYTHING)
+
+    assert len(answer.profiles) == 1
+    assert "left out" in answer.notes[0]
 
 
 def test_a_single_benchmark_is_a_source(tmp_path: Path) -> None:

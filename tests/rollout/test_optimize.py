@@ -433,6 +433,16 @@ def test_a_target_that_the_source_does_not_state_is_not_called_too_low() -> None
     assert "NTPOT or TTFT" in str(refused.value)
 
 
+def test_a_threshold_says_what_its_curve_was_measured_with() -> None:
+    profile = curve(QWEN, "nvidia-l4").model_copy(
+        update={"model_server_version": "v0.7.2", "use_case": "Deep Research"}
+    )
+
+    reason = autoscaling_for(profile, Targets(), startup_s=1).reasons[-1]
+
+    assert reason == "From out/report.json, a measurement of 2026-11-22, with vllm v0.7.2, Deep Research."
+
+
 def test_littles_law_stands_in_for_an_unmeasured_concurrency() -> None:
     profile = curve(QWEN, "nvidia-l4")
     points = tuple(point.model_copy(update={"running_requests": None}) for point in profile.points)
@@ -459,11 +469,15 @@ def test_the_autoscaler_owns_the_replicas_and_does_not_flap() -> None:
     assert "/subject/ns/custom-metrics/sa/custom-metrics-stackdriver-adapter" in comments
 
 
-def test_spare_replicas_are_the_autoscalers_lower_limit() -> None:
+def test_spare_replicas_and_a_wider_buffer_can_be_asked_for() -> None:
     generated = generate(**CASES["autoscaling-ntpot"], min_replicas=2)
     (hpa,) = (each for each in generated.objects if each["kind"] == "HorizontalPodAutoscaler")
 
     assert (hpa["spec"]["minReplicas"], hpa["spec"]["maxReplicas"]) == (2, 10)
+    assert hpa["spec"]["metrics"][0]["pods"]["target"]["averageValue"] == "32"
+    wider = generate(**CASES["autoscaling-ntpot"], utilisation=0.5).autoscaling
+    assert wider is not None
+    assert wider.threshold == 20  # half of the 40 in flight at saturation
     with pytest.raises(ValueError, match="min_replicas=11 is more than"):
         generate(**CASES["autoscaling-ntpot"], min_replicas=11)
 

@@ -79,6 +79,10 @@ def test_an_impossible_target_says_the_possible_range() -> None:
     assert "TTFT 55 to 400 ms" in found.notes[0]
 
 
+def test_an_empty_answer_is_not_a_silent_one() -> None:
+    assert "the sources know no profile" in recommend([], Requirements(), price_of).notes[0]
+
+
 def test_a_target_above_every_latency_is_maximum_throughput() -> None:
     found = advised(FAST, targets=Targets(ntpot_ms=1000))
 
