@@ -31,6 +31,10 @@ LONGEST_STAGE = 10.0
 """…but at most this many times `stage_duration_s`."""
 
 
+SHORT_ANSWERS = 0.99
+"""Below this share of the planned tokens the answers are another workload; vLLM with `ignore_eos` gives 1."""
+
+
 class Engine(StrEnum):
     BUILTIN = "builtin"
     """Our own client: a laptop, the rehearsal, small endpoints."""
@@ -220,6 +224,11 @@ def _notes(stages: Sequence[Stage]) -> list[str]:
     cached = [s.server.prefix_cache_hit_ratio for s in stages if s.server and s.server.prefix_cache_hit_ratio]
     if cached and max(cached) > 0.01:
         notes.append(f"Up to {max(cached):.0%} of the prompt tokens came from the prefix cache.")
+    shares = [stage.answer_share for stage in stages if stage.answer_share is not None]
+    if shares and min(shares) < SHORT_ANSWERS:
+        notes.append(
+            f"Answers ended early, at {min(shares):.0%} of the tokens that were asked for: the load was lighter."
+        )
     failed = sum(sum(stage.failures.values()) for stage in stages)
     if failed:
         first = next((stage.first_failure for stage in stages if stage.first_failure), "")
