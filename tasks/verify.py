@@ -18,6 +18,7 @@ from rollout.cost import TokenCost, cost_at_knee
 from rollout.errors import ObjectivesMissed, SmokeFailed
 from rollout.history import keep, last_good, record_to_keep, records_of
 from rollout.objectives import Verdict, judge
+from rollout.objects import port_forward_line
 from rollout.pictures import latency_over_throughput, tokens_over_rate, ttft_over_rate
 from rollout.plan import RolloutPlan, known_price
 from rollout.profiling import environment_of
@@ -35,19 +36,27 @@ def smoke_test(plan: RolloutPlan) -> Outcome[SmokeReport]:
     capabilities = Capabilities.of(plan.checkpoint_config, plan.serving, has_chat_template=plan.has_chat_template)
     good = RecordStore(plan.target).last_good(plan.serving.name, plan.model.repo_id)
     answers = good.smoke.canary_answers if good and good.smoke else {}
-    with ClusterClient.connect(plan.target).endpoint(plan.serving.service_name) as base_url:
+    serving = plan.serving
+    with ClusterClient.connect(plan.target).endpoint(serving.service_name) as base_url:
         report = run_smoke_suite(
             base_url,
-            plan.serving.served_model_name,
+            serving.served_model_name,
             capabilities,
             canaries=with_expectations(CANARIES, answers),
+            # Where this run reaches the Service, whoever repeats a check does not.
+            curl_url=f"http://127.0.0.1:{serving.port}",
+            reach_with=port_forward_line(plan.target.namespace, serving.service_name, serving.port),
         )
     return Outcome(
         value=report,
         summary=report.summary(),
         status=StepStatus.DONE,
         data=report.model_dump(mode="json"),
-        artifact=Artifact("smoke-test", f"Smoke test of {plan.serving.served_model_name}", table=report.table()),
+        artifact=Artifact(
+            "smoke-test",
+            f"Smoke test of {serving.served_model_name}. Before a curl line: `{report.reach_with}`",
+            table=report.table(),
+        ),
     )
 
 
@@ -57,7 +66,8 @@ def require_passed(report: SmokeReport) -> None:
         raise SmokeFailed(
             report.summary(),
             where=report.model,
-            resolution="Each row of the smoke-test artifact has the curl line that repeats its check.",
+            resolution="Each row of the smoke-test artifact has the curl line that repeats its check, after"
+            f" `{report.reach_with}`.",
         )
 
 

@@ -30,9 +30,8 @@ def test_a_chat_template_is_looked_for_where_vllm_looks(
     tmp_path: Path, files: dict[str, dict[str, str]], arguments: tuple[str, ...], expected: bool
 ) -> None:
     with HubServer(root=tmp_path / "hub") as hub:
-        hub.store.publish(
-            REPO, {name: json.dumps(each).encode() for name, each in ({"config.json": {}} | files).items()}
-        )
+        published = {"config.json": {}, "model.safetensors": {}} | files
+        hub.store.publish(REPO, {name: json.dumps(each).encode() for name, each in published.items()})
         target = Target(
             name="test",
             project="my-project",
