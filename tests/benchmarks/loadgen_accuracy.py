@@ -17,7 +17,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ LATENCY = {
 RULER = """
 import json, select, sys, time
 poll, start, late = select.epoll(), time.perf_counter(), []
-for at_s in json.loads(sys.argv[1]):
+for at_s in json.load(sys.stdin):
     while (wait_s := at_s - (time.perf_counter() - start)) > 0:
         poll.poll(wait_s)
     late.append(time.perf_counter() - start - at_s)
@@ -86,9 +87,8 @@ def measure(streams: int, seconds: float) -> Measured:
             generator = LoadGenerator(OpenAiApi(url), MODEL, BenchmarkSpec(workload=workload))
             generator.warm_up()
             times = [request.at_s for request in workload.schedule(planned.rate_per_s, planned.duration_s)]
-            with subprocess.Popen([sys.executable, "-c", RULER, json.dumps(times)], stdout=subprocess.PIPE) as ruler:
+            with ruler(times) as late_s:
                 answers = generator.offer(planned)
-                waited, _ = ruler.communicate()
         noted = sorted(map(json.loads, truth.read_text().splitlines()), key=lambda each: float(each["received_s"]))
     stage = summarize(
         answers.records,
@@ -96,7 +96,20 @@ def measure(streams: int, seconds: float) -> Measured:
         client=client_side(answers),
     )
     # The warm-up's requests came first.
-    return Measured(stage, answers, noted[-len(answers.records) :], json.loads(waited))
+    return Measured(stage, answers, noted[-len(answers.records) :], late_s)
+
+
+@contextmanager
+def ruler(times_s: Sequence[float]) -> Iterator[list[float]]:
+    """A process beside the block that only waits for `times_s`; afterwards the list says how late it was each time."""
+    late_s: list[float] = []
+    with subprocess.Popen([sys.executable, "-c", RULER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(list(times_s)).encode())
+        process.stdin.close()
+        yield late_s
+        assert process.stdout is not None
+        late_s += json.loads(process.stdout.read())
 
 
 def rows(streams: int, measured: Measured) -> Iterable[str]:
