@@ -17,6 +17,10 @@ LISTED_CHANGES = 20
 """Of a rollout into an empty project there are about a dozen."""
 
 
+NOT_SHOWN = {"checks", "checkpoint_config", "has_chat_template", "project_number"}
+"""Fields of a plan that an approval does not depend on: read from elsewhere, and nothing changes by them."""
+
+
 def approval_markdown(plan: RolloutPlan) -> str:
     """The plan for a narrow dialog: lists and no tables, the costs first. The whole plan is the artifact `plan`."""
     acting = [change for change in plan.changes if change.action in _VERBS]
@@ -48,12 +52,7 @@ def shown_digest(plan: RolloutPlan) -> str:
     The preflight checks are left out: their texts hold figures that move from minute to minute (quota in use). So is
     the id of the run that brought what serves: what it is counts.
     """
-    unseen: dict[str, Any] = {
-        "checks": True,
-        "checkpoint_config": True,
-        "project_number": True,
-        "live_before": {"run_id"},
-    }
+    unseen: dict[str, Any] = dict.fromkeys(NOT_SHOWN, True) | {"live_before": {"run_id"}}
     return content_digest(plan.model_dump(mode="json", exclude=unseen), 16)
 
 

@@ -31,6 +31,13 @@ LONGEST_STAGE = 10.0
 """…but at most this many times `stage_duration_s`."""
 
 
+TRACE_REQUESTS = 20_000
+"""In-cluster stages have at most so many: at 43 bytes each, 0.86 of the 1 MiB that a ConfigMap holds."""
+
+SHORT_ANSWERS = 0.99
+"""Below this share of the planned tokens the answers are another workload; vLLM with `ignore_eos` gives 1."""
+
+
 class Engine(StrEnum):
     BUILTIN = "builtin"
     """Our own client: a laptop, the rehearsal, small endpoints."""
@@ -78,10 +85,17 @@ class BenchmarkSpec(Value):
 
     @model_validator(mode="after")
     def _engine_can_send_the_workload(self) -> BenchmarkSpec:
-        if self.engine is Engine.INFERENCE_PERF and not self.workload.is_lengths_alone:
+        if self.engine is not Engine.INFERENCE_PERF:
+            return self
+        if not self.workload.is_lengths_alone:
             raise ValueError(
                 f"inference-perf cannot send the workload {self.workload.name}: use the built-in engine for datasets"
                 " and shared prefixes"
+            )
+        if self.endpoint is Endpoint.CHAT:
+            raise ValueError(
+                "inference-perf writes prompts of exact lengths for /v1/completions alone: use endpoint=completions, or"
+                " the built-in engine for chat"
             )
         return self
 
@@ -190,11 +204,12 @@ def _duration_s(spec: BenchmarkSpec, stages: Sequence[Stage], rate: float) -> fl
     """`stage_duration_s`, or longer where answers take long, or where few requests must decide about the knee."""
     plateau = plateau_ttft_s(stages)
     answers = [stage.e2e_s for stage in stages if stage.e2e_s is not None and is_sustained(stage, plateau)]
+    most = math.inf if spec.engine is Engine.BUILTIN else TRACE_REQUESTS / rate
     longest = STEADY_STAGE * max((answer.p50 for answer in answers), default=0.0)
     if not spec.rates_per_s and stages and rate < max(stage.rate_per_s for stage in stages):
         mean_s = max((answer.mean for answer in answers), default=0.0)
         longest = max(longest, REFINED_STAGE * mean_s, REFINED_REQUESTS / rate)
-    return min(max(spec.stage_duration_s, longest), LONGEST_STAGE * spec.stage_duration_s)
+    return min(max(spec.stage_duration_s, longest), LONGEST_STAGE * spec.stage_duration_s, most)
 
 
 def benchmark_report(
@@ -220,6 +235,11 @@ def _notes(stages: Sequence[Stage]) -> list[str]:
     cached = [s.server.prefix_cache_hit_ratio for s in stages if s.server and s.server.prefix_cache_hit_ratio]
     if cached and max(cached) > 0.01:
         notes.append(f"Up to {max(cached):.0%} of the prompt tokens came from the prefix cache.")
+    shares = [stage.answer_share for stage in stages if stage.answer_share is not None]
+    if shares and min(shares) < SHORT_ANSWERS:
+        notes.append(
+            f"Answers ended early, at {min(shares):.0%} of the tokens that were asked for: the load was lighter."
+        )
     failed = sum(sum(stage.failures.values()) for stage in stages)
     if failed:
         first = next((stage.first_failure for stage in stages if stage.first_failure), "")

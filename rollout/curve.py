@@ -109,11 +109,16 @@ class Curve(Value):
 
 def is_sustained(stage: Stage, plateau_ttft_s: float | None) -> bool:
     """Whether the server kept up with the stage; `plateau_ttft_s` is the median TTFT without load."""
-    if stage.failed_share > FAILED_SHARE_AT_MOST or stage.follows < least_follows(stage):
+    if _lost_share(stage) > FAILED_SHARE_AT_MOST or stage.follows < least_follows(stage):
         return False
     # With n random arrivals the backlog near the end varies by about 0.25/√n of the stage; 0.4 is 1.6 times that.
     tolerance = FALLS_BEHIND_BY + 0.4 / math.sqrt(max(1, stage.requests))
     return _falls_behind_by(stage, plateau_ttft_s) < tolerance
+
+
+def _lost_share(stage: Stage) -> float:
+    """Requests without a complete answer / all, less those that arrived late in the stage and were merely cut off."""
+    return stage.failed_share - stage.unfinished_late / max(1, stage.requests)
 
 
 def least_follows(stage: Stage) -> float:
@@ -228,7 +233,7 @@ def saturation_rate(stages: Sequence[Stage], lower: float) -> float | None:
     """
     plateau = plateau_ttft_s(stages)
     # Refusals, errors and a slow client are not the throughput of a saturated engine.
-    working = [s for s in stages if s.failed_share <= FAILED_SHARE_AT_MOST and not (s.client and s.client.limited_by)]
+    working = [s for s in stages if s.error_share <= FAILED_SHARE_AT_MOST and not (s.client and s.client.limited_by)]
     saturated = [s.rate_per_s * s.follows for s in working if s.rate_per_s > lower and not is_sustained(s, plateau)]
     if not saturated:
         return None

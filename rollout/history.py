@@ -52,6 +52,19 @@ def keep(store: HistoryStore, record: CurveRecord) -> str:
     return record.key
 
 
+def record_to_keep(
+    records: Sequence[CurveRecord], report: BenchmarkReport, *, good: bool, run_name: str
+) -> CurveRecord | None:
+    """What a verdict on `report` adds to `records`, or changes in them; None if they say it already.
+
+    A rerun hands on stages that are kept: the same curve is one record, and the last verdict on it counts.
+    """
+    known = next((record for record in records if record.report.stages == report.stages), None)
+    if known is None:
+        return CurveRecord(report=report, good=good, run_name=run_name)
+    return None if known.good == good else known.model_copy(update={"good": good})
+
+
 def records_of(store: HistoryStore, workload_key: str, *, model: str | None = None) -> list[CurveRecord]:
     """All records of a workload, oldest first; of one served model, if given."""
     keys = sorted(key for key in store.keys(f"{workload_key}/") if key.endswith(".json"))

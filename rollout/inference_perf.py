@@ -1,22 +1,27 @@
 """inference-perf as the in-cluster engine of a sweep: its configuration, its Job, and its reports in our schema.
 
-One Job measures one stage, so that the same adaptive search chooses the rates. Its pod first makes the load, then
-serves the reports over HTTP until they have been fetched: logs are cut and rotated at 10 MiB, and the serving pods'
-identity may only read the bucket. A pod that is ready is a load that has ended. The reports are read request by request
-(`per_request_lifecycle_metrics.json`), so every figure and every verdict is defined as for the built-in client.
-Config keys and report fields: inference-perf 0.7 (https://github.com/kubernetes-sigs/inference-perf).
+One Job measures one stage, so that the same adaptive search chooses the rates. What it sends is the workload's own
+schedule, request by request, as a trace that the tool replays: arrivals and lengths are those of the built-in client.
+(Its own random lengths know no quantiles, and its Poisson load sends a fixed number of requests over a span that
+varies: at 4/s over 30 s the real rate has a standard deviation of 9 %.)
+
+The Job's pod first makes the load, then serves the reports over HTTP until they have been fetched: logs are cut and
+rotated at 10 MiB, and the serving pods' identity may only read the bucket. A pod that is ready is a load that has
+ended. The reports are read request by request (`per_request_lifecycle_metrics.json`), so every figure and every verdict
+is defined as for the built-in client. Config keys and report fields: inference-perf 0.7
+(https://github.com/kubernetes-sigs/inference-perf).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import yaml
 
-from rollout.benchmark import BenchmarkSpec, Endpoint, PlannedStage
+from rollout.benchmark import BenchmarkSpec, PlannedStage
 from rollout.errors import BadInput
 from rollout.rendering import KubernetesObject, read_manifests, render
 from rollout.stage import (
@@ -29,7 +34,7 @@ from rollout.stage import (
     Stage,
     summarize,
 )
-from rollout.workload import Arrivals, TokenLengths, planned_duration_s
+from rollout.workload import PlannedRequest, planned_duration_s
 
 IMAGE = "quay.io/inference-perf/inference-perf:v0.7.0"
 """The release whose config and reports this module knows. Pin it by digest where you know it."""
@@ -37,6 +42,11 @@ IMAGE = "quay.io/inference-perf/inference-perf:v0.7.0"
 PER_REQUEST_REPORT = "per_request_lifecycle_metrics.json"
 STAGE_REPORT = "stage_0_lifecycle_metrics.json"
 MANIFESTS = ("inference-perf-config-map.yaml", "service.yaml", "inference-perf-job.yaml")
+
+CONFIG_FOLDER = "/etc/inference-perf"
+TRACE_FILE = "trace.csv"
+_TRACE_START = datetime(2000, 1, 1, tzinfo=UTC)
+"""The format wants dates; the tool counts from the first one."""
 
 REPORTS_FOLDER = "/reports"
 REPORTS_PORT = 8081
@@ -52,31 +62,24 @@ DELAY_LIMIT_S = 0.05
 def config(
     spec: BenchmarkSpec, stage: PlannedStage, *, base_url: str, model: str, tokenizer: str, seed: int
 ) -> dict[str, Any]:
-    """inference-perf's configuration for one stage.
+    """inference-perf's configuration for one stage, whose requests stand in `trace`.
 
     `tokenizer` is a Hugging Face repository or a path in the container. Equal seeds send equal prompts, which the
-    prefix cache would answer. Lengths that are not fixed are drawn from a log-normal distribution with the workload's
-    mean, standard deviation, minimum and maximum: the tool knows no quantiles.
+    prefix cache would answer.
     """
-    workload = spec.workload
-    assert workload.input_lengths is not None  # `BenchmarkSpec` refuses this engine for anything else
-    assert workload.output_lengths is not None
-    duration_s = max(1, round(planned_duration_s(stage.rate_per_s, stage.duration_s)))
+    trace_file = {"file": f"{CONFIG_FOLDER}/{TRACE_FILE}", "format": "AzurePublicDataset"}
     return {
-        "api": {"type": "chat" if spec.endpoint is Endpoint.CHAT else "completion", "streaming": True},
+        "api": {"type": "completion", "streaming": True},
         "server": {"type": "vllm", "model_name": model, "base_url": base_url, "ignore_eos": True},
         "tokenizer": {"pretrained_model_name_or_path": tokenizer},
-        "data": {
-            "type": "random",
-            "input_distribution": _distribution(workload.input_lengths),
-            "output_distribution": _distribution(workload.output_lengths),
-        },
+        "data": {"type": "random", "trace": trace_file},
         "load": {
-            "type": "poisson" if workload.arrivals is Arrivals.POISSON else "constant",
-            "stages": [{"rate": stage.rate_per_s, "duration": duration_s}],
+            "type": "trace_replay",
+            "trace": trace_file,
+            # The trace decides; the tool asks for these figures and repeats them in its report.
+            "stages": [{"rate": stage.rate_per_s, "duration": max(1, round(_duration_s(stage)))}],
             "worker_max_concurrency": WORKER_CONCURRENCY,
-            "request_timeout": spec.request_timeout_s,
-            "stage_teardown_grace_seconds": spec.drain_timeout_s,
+            "request_timeout": request_timeout_s(spec, stage),
             "base_seed": seed,
         },
         "report": {
@@ -93,29 +96,32 @@ def config(
     }
 
 
-def _distribution(lengths: TokenLengths) -> dict[str, Any]:
-    low, high = lengths.quantile(0), lengths.maximum
-    if low == high:
-        return {"type": "fixed", "min": high, "max": high, "mean": high, "std_dev": 0}
-    return {
-        "type": "lognormal",
-        "min": round(low),
-        "max": high,
-        "mean": round(lengths.mean, 1),
-        "std_dev": round(standard_deviation(lengths), 1),
-    }
+def trace(schedule: Sequence[PlannedRequest]) -> str:
+    """The requests of a stage as the tool reads them: a CSV file of arrival, prompt tokens and answer tokens."""
+    lines = [
+        f"{_TRACE_START + timedelta(seconds=each.at_s):%Y-%m-%d %H:%M:%S.%f},{each.input_tokens},{each.output_tokens}"
+        for each in schedule
+    ]
+    return "\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines, ""])
 
 
-def standard_deviation(lengths: TokenLengths) -> float:
-    """Of a piecewise-linear quantile function: each piece is uniform, ∫x² = (a² + ab + b²)/3."""
-    square = sum(
-        (b.share - a.share) * (a.tokens**2 + a.tokens * b.tokens + b.tokens**2) / 3 for a, b in pairwise(lengths.points)
-    )
-    return math.sqrt(max(0.0, square - lengths.mean**2))
+def request_timeout_s(spec: BenchmarkSpec, stage: PlannedStage) -> float:
+    """How long the tool may wait for one answer.
+
+    It has no end of a stage: it waits for every answer, and its grace for those that still run begins only then, when
+    there are none. So the drain time goes into the timeout of each request. A stage then ends at the latest
+    `drain_timeout_s` and twice its own duration after its start; with the built-in client, once its duration.
+    """
+    return min(spec.request_timeout_s, _duration_s(stage) + spec.drain_timeout_s)
+
+
+def _duration_s(stage: PlannedStage) -> float:
+    return planned_duration_s(stage.rate_per_s, stage.duration_s)
 
 
 def objects(
     configuration: Mapping[str, Any],
+    schedule: Sequence[PlannedRequest],
     *,
     name: str,
     namespace: str,
@@ -140,6 +146,7 @@ def objects(
             "namespace": namespace,
             "labels": {**labels, "app": name},
             "config": yaml.safe_dump(dict(configuration), sort_keys=False),
+            "trace": trace(schedule),
             "image": image,
             "env": [dict(variable) for variable in env],
             "port": REPORTS_PORT,
@@ -166,44 +173,54 @@ def read_stage(
     requests: Sequence[Mapping[str, Any]],
     stage_report: Mapping[str, Any],
     planned: PlannedStage,
+    schedule: Sequence[PlannedRequest],
     spec: BenchmarkSpec,
     *,
     limits: RequestLimits | None = None,
     server: ServerSide | None = None,
 ) -> Stage:
-    """A stage from `PER_REQUEST_REPORT` and `STAGE_REPORT`. Raises BadInput if they hold no request."""
-    if not requests:
-        raise BadInput("inference-perf reports no request.", where=PER_REQUEST_REPORT)
-    start = min(float(entry["start_time"]) for entry in requests)
-    mean_output = max(1, round(spec.workload.mean_output_tokens))
-    records = [_record(entry, start, mean_output) for entry in requests]
-    # The tool draws the number of arrivals; the stage is as long as that number takes at the planned rate.
+    """A stage from `PER_REQUEST_REPORT` and `STAGE_REPORT`.
+
+    Raises BadInput if a request is missing: the tool notes every request that it sends, and none that it cancels.
+    """
+    if len(requests) != len(schedule):
+        raise BadInput(
+            f"inference-perf reports {len(requests) or 'no'} of {len(schedule)} requests: the others were never sent,"
+            " or cancelled.",
+            where=PER_REQUEST_REPORT,
+            resolution="Run again: the finished stages are kept. The load's log says what stopped it.",
+        )
+    # The report has no schedule and no order; in order of time its entries are the schedule's.
+    in_order = sorted(requests, key=lambda entry: float(entry["start_time"]))
+    start = float(in_order[0]["start_time"]) - schedule[0].at_s
+    # A request that its own limit did not end was cut off for the drain time: it is unfinished.
+    cut_off = request_timeout_s(spec, planned) < spec.request_timeout_s
+    records = [_record(entry, start, each, cut_off) for entry, each in zip(in_order, schedule, strict=True)]
     return summarize(
         records,
-        duration_s=len(records) / planned.rate_per_s,
+        duration_s=_duration_s(planned),
         limits=limits,
         server=server,
         client=_client_side(stage_report, len(records)),
     )
 
 
-def _record(entry: Mapping[str, Any], start: float, mean_output: int) -> RequestRecord:
+def _record(entry: Mapping[str, Any], start: float, planned: PlannedRequest, cut_off: bool) -> RequestRecord:
     info = entry.get("info") or {}
     response = info.get("response_metrics") or {}
     usage = response.get("server_usage") or {}
     error = entry.get("error")
-    sent_s = float(entry["start_time"]) - start
-    output_tokens = int(usage.get("completion_tokens") or response.get("output_tokens") or 0)
     text = (info.get("request_metrics") or {}).get("text") or {}
+    kind = _failure_kind(error) if error else None
     return RequestRecord(
-        scheduled_s=sent_s,
-        sent_s=sent_s,
+        scheduled_s=planned.at_s,
+        sent_s=float(entry["start_time"]) - start,
         input_tokens=int(usage.get("prompt_tokens") or text.get("input_tokens") or 0),
-        planned_output_tokens=output_tokens or mean_output,
-        output_tokens=output_tokens,
+        planned_output_tokens=planned.output_tokens,
+        output_tokens=int(usage.get("completion_tokens") or response.get("output_tokens") or 0),
         token_times_s=[float(time) - start for time in response.get("output_token_times") or ()],
         ended_s=float(entry["end_time"]) - start,
-        failure=_failure_kind(error) if error else None,
+        failure=FailureKind.UNFINISHED if kind is FailureKind.TIMEOUT and cut_off else kind,
         detail=_error_text(error) if error else "",
     )
 
@@ -222,8 +239,6 @@ def _failure_kind(error: Any) -> FailureKind:
         if status in (429, 503):
             return FailureKind.OVERLOADED
         return FailureKind.SERVER_ERROR if status >= 500 else FailureKind.REJECTED
-    if "Cancelled" in kind:
-        return FailureKind.UNFINISHED
     if "Timeout" in kind:
         return FailureKind.TIMEOUT
     return FailureKind.REFUSED if "ConnectorError" in kind else FailureKind.CONNECTION

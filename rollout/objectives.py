@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rollout.cost import TokenCost
-from rollout.curve import build_curve, interpolate, operating_rate
+from rollout.curve import Curve, build_curve, interpolate, operating_rate
 from rollout.stage import LatencyLimit, LatencyMetric, Percentile, RequestLimits, Stage
 from rollout.values import Value
 
@@ -29,7 +29,7 @@ class Objectives(Value):
     """The rate at which latencies, goodput and errors are judged; None: 80 % of the measured knee."""
     latencies: tuple[LatencyLimit, ...] = ()
     min_goodput_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of requests that meet every latency limit, each taken as a limit on single requests."""
+    """Share of all requests that meet every latency limit, each taken as a limit on single requests."""
     max_failed_share: Annotated[float, Field(ge=0, lt=1)] | None = 0.01
     """0.01: 99 % of all requests answered."""
     min_knee_rate_per_s: Annotated[float, Field(gt=0)] | None = None
@@ -69,7 +69,7 @@ class ObjectiveResult(Value):
     limit: str
     measured: str
     margin: str
-    """How much better (+) or worse (-) than the limit, as a share of it."""
+    """How much better (+) or worse (-) than the limit, as a share of it; in the limit's unit where that is 0."""
     outcome: Outcome
     reason: str = ""
 
@@ -113,11 +113,14 @@ def judge(
         rows.append(_failed_row(objectives.max_failed_share, stages, rate))
     if objectives.min_goodput_share is not None:
         rows.append(_goodput_row(objectives.min_goodput_share, stages, rate))
+    curve = build_curve(stages)
     if objectives.min_knee_rate_per_s is not None:
-        rows.append(_at_least("knee", objectives.min_knee_rate_per_s, _knee_rate(stages), "requests/s"))
+        row = _at_least("knee", objectives.min_knee_rate_per_s, _knee_rate(curve), "requests/s")
+        rows.append(_unless_unreached(row, curve))
     if objectives.min_output_tokens_per_s is not None:
-        tokens = build_curve(stages).max_output_tokens_per_s
-        rows.append(_at_least("output tokens/s", objectives.min_output_tokens_per_s, tokens, "tokens/s"))
+        tokens = curve.max_output_tokens_per_s
+        row = _at_least("output tokens/s", objectives.min_output_tokens_per_s, tokens, "tokens/s")
+        rows.append(_unless_unreached(row, curve))
     if objectives.max_usd_per_million_output_tokens is not None:
         measured = cost.usd_per_million_output_tokens if cost else None
         rows.append(_at_most("cost", objectives.max_usd_per_million_output_tokens, measured, "USD/M output tokens"))
@@ -130,15 +133,15 @@ def judge(
 def _latency_row(limit: LatencyLimit, stages: Sequence[Stage], rate: float) -> ObjectiveResult:
     measured = interpolate(stages, rate, limit.metric, limit.percentile)
     value = None if math.isnan(measured) else measured * 1e3
-    row = _at_most(limit.name, limit.limit_s * 1e3, value, "ms")
-    if rate > max((stage.rate_per_s for stage in stages), default=0.0) * 1.001:
-        return row.model_copy(
-            update={
-                "outcome": Outcome.UNKNOWN,
-                "reason": f"{limit.name}: nothing was measured at {rate:.3g} requests/s",
-            }
-        )
-    return row
+    return _unless_unmeasured(_at_most(limit.name, limit.limit_s * 1e3, value, "ms"), stages, rate)
+
+
+def _unless_unmeasured(row: ObjectiveResult, stages: Sequence[Stage], rate: float) -> ObjectiveResult:
+    """Beyond the highest measured rate a latency is anybody's guess."""
+    if rate <= max((stage.rate_per_s for stage in stages), default=0.0) * 1.001:
+        return row
+    reason = f"{row.objective}: nothing was measured at {rate:.3g} requests/s"
+    return row.model_copy(update={"outcome": Outcome.UNKNOWN, "reason": reason})
 
 
 def _failed_row(limit: float, stages: Sequence[Stage], rate: float) -> ObjectiveResult:
@@ -150,8 +153,8 @@ def _failed_row(limit: float, stages: Sequence[Stage], rate: float) -> Objective
 
 
 def _goodput_row(limit: float, stages: Sequence[Stage], rate: float) -> ObjectiveResult:
-    near = min((s for s in stages if s.goodput_per_s is not None), key=lambda s: abs(s.rate_per_s - rate), default=None)
-    share = near.goodput_per_s / near.requests_per_s if near and near.goodput_per_s is not None else None
+    near = min((s for s in stages if s.goodput_share is not None), key=lambda s: abs(s.rate_per_s - rate), default=None)
+    share = near.goodput_share if near else None
     return _at_least("goodput", limit * 100, None if share is None else share * 100, "%")
 
 
@@ -182,22 +185,34 @@ def _row(objective: str, limit: float, measured: float | None, unit: str, *, sig
         return ObjectiveResult(
             objective=objective, limit=bound, measured="–", margin="", outcome=Outcome.UNKNOWN, reason=reason
         )
-    met = sign * (measured - limit) >= 0
-    margin = sign * (measured - limit) / limit if limit else 0.0
+    better_by = sign * (measured - limit)
+    met = better_by >= 0
+    # A limit of 0 has no shares: there the margin is in the figure's own unit.
+    margin = f"{better_by / limit:+.0%}" if limit else f"{better_by:+.4g} {unit}"
+    miss = f"{abs(better_by) / limit:.0%} worse than {limit:.4g} {unit}" if limit else f"and the limit is 0 {unit}"
     return ObjectiveResult(
         objective=objective,
         limit=bound,
         measured=f"{measured:.4g} {unit}",
-        margin=f"{margin:+.0%}",
+        margin=margin,
         outcome=Outcome.MET if met else Outcome.MISSED,
-        reason="" if met else f"{objective} is {measured:.4g} {unit}, {abs(margin):.0%} worse than {limit:.4g} {unit}",
+        reason="" if met else f"{objective} is {measured:.4g} {unit}, {miss}",
     )
 
 
-def _knee_rate(stages: Sequence[Stage]) -> float:
-    curve = build_curve(stages)
+def _knee_rate(curve: Curve) -> float:
     # A knee above the highest rate is at least that rate.
     return curve.knee.rate_per_s if curve.knee else curve.highest_sustained_per_s
+
+
+def _unless_unreached(row: ObjectiveResult, curve: Curve) -> ObjectiveResult:
+    """Without a knee the figure is a lower bound: it can meet a limit, and cannot miss one."""
+    if curve.knee is not None or row.outcome is Outcome.MET:
+        return row
+    reason = f"{row.objective}: nothing is proven about {row.limit}, {curve.not_reached}"
+    return row.model_copy(
+        update={"measured": f"≥ {row.measured}", "margin": "", "outcome": Outcome.UNKNOWN, "reason": reason}
+    )
 
 
 def compare_with_baseline(
@@ -217,9 +232,11 @@ def compare_with_baseline(
             outcome=Outcome.MET,
         )
         return [row]
-    before, now = _knee_rate(baseline), _knee_rate(stages)
+    curve = build_curve(stages)
+    before, now = _knee_rate(build_curve(baseline)), _knee_rate(curve)
     noise = (_bracket_share(baseline) + _bracket_share(stages)) / 2
-    rows = [_no_worse_row("knee", before, now, "requests/s", no_worse.by_share + noise, sign=+1)]
+    row = _no_worse_row("knee", before, now, "requests/s", no_worse.by_share + noise, sign=+1)
+    rows = [_unless_unreached(row, curve)]
     rate = operating_rate(baseline)
     for metric in (LatencyMetric.TTFT, LatencyMetric.ITL):
         old = interpolate(baseline, rate, metric, Percentile.P50)
@@ -228,7 +245,8 @@ def compare_with_baseline(
             continue
         noise = 2 * math.hypot(_median_noise(baseline, rate, metric), _median_noise(stages, rate, metric))
         name = f"{metric.value.upper()} p50 at {rate:.3g}/s"
-        rows.append(_no_worse_row(name, old * 1e3, new * 1e3, "ms", no_worse.by_share + noise, sign=-1))
+        row = _no_worse_row(name, old * 1e3, new * 1e3, "ms", no_worse.by_share + noise, sign=-1)
+        rows.append(_unless_unmeasured(row, stages, rate))
     return rows
 
 

@@ -306,3 +306,8 @@ def _node_selector(serving: ServingSpec, target: Target) -> dict[str, str]:
     if target.cluster.mode is ClusterMode.KUBECONFIG:
         return {}  # the GPU request alone decides: labels of somebody else's nodes are unknown
     return {"cloud.google.com/gke-accelerator": serving.accelerator.type}
+
+
+def port_forward_line(namespace: str, service_name: str, port: int) -> str:
+    """A command that makes a Service reachable as http://127.0.0.1:<port>."""
+    return f"kubectl port-forward --namespace {namespace} service/{service_name} {port}:{port}"

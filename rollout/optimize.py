@@ -33,7 +33,7 @@ from rollout.curve import TARGET_UTILISATION
 from rollout.errors import BadInput
 from rollout.fit import DEFAULT_BOOT_DISK_GIB, check_ephemeral_storage
 from rollout.model_facts import ModelFacts
-from rollout.objects import BOOT_DISK_CACHE_LIMIT_BYTES, RAM_CACHE, STARTUP_PERIOD_S
+from rollout.objects import BOOT_DISK_CACHE_LIMIT_BYTES, RAM_CACHE, STARTUP_PERIOD_S, port_forward_line
 from rollout.preflight import Check, CheckState, failed, ok
 from rollout.profiles import CHATBOT, Profile, Targets, use_case_named
 from rollout.rendering import KubernetesObject, read_manifests, render
@@ -726,7 +726,7 @@ def _comments(
             "Apply, then test:",
             "kubectl apply -f ./manifests.yaml",
             f"kubectl get services --namespace {request.namespace}",
-            f"kubectl port-forward --namespace {request.namespace} service/{name} {PORT}:{PORT}",
+            port_forward_line(request.namespace, name, PORT),
             f"curl http://localhost:{PORT}/v1/models",
         ],
     ]

@@ -50,6 +50,7 @@ class Observation(Value):
     live_before: LiveVersion | None = None
     checkpoint_config: dict[str, Any] = {}
     """The model's config.json."""
+    has_chat_template: bool = True
     checks: tuple[Check, ...] = ()
 
 
@@ -78,6 +79,8 @@ class RolloutPlan(Value):
     checks: tuple[Check, ...]
     checkpoint_config: dict[str, Any] = {}
     """The model's config.json: what it can do follows from it."""
+    has_chat_template: bool = True
+    """Of the checkpoint, or named by a flag. A base model has none: it completes text and cannot chat."""
 
     @property
     def changes_anything(self) -> bool:
@@ -139,6 +142,7 @@ def make_plan(
         transfer_bytes=transfer_bytes,
         usd_per_hour=None if price is None else price.usd_per_gpu_hour * gpus,
         checkpoint_config=observed.checkpoint_config,
+        has_chat_template=observed.has_chat_template,
         deadlines_s=_deadlines(transfer_bytes, serving),
         checks=observed.checks,
     )

@@ -10,6 +10,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rollout.errors import BadInput
+
 _TEXT = """
 the of and to in is that for was with as by at from his her it be are this have or had not but they which one you were
 all she there would their we him been has when who will no more if out so said what up its about than into them can
@@ -57,7 +59,10 @@ class Vocabulary:
 
 
 def calibrate(count: TokenCounter) -> Vocabulary:
-    """Find the words that are one token each, and the tokens around them, with as few counts as possible."""
+    """Find the words that are one token each, and the tokens around them, with as few counts as possible.
+
+    Raises BadInput if longer texts do not count more.
+    """
     anchor = _WORDS[0]
     alone = count(anchor)
 
@@ -72,6 +77,12 @@ def calibrate(count: TokenCounter) -> Vocabulary:
         return Vocabulary(words=tuple(words), overhead_tokens=alone - 1)
     both, once = " ".join(_WORDS + _WORDS), " ".join(_WORDS)
     tokens_per_word = (count(both) - count(once)) / len(_WORDS)
+    if tokens_per_word <= 0:
+        raise BadInput(
+            f"the server counts {count(both)} tokens for a text and {count(once)} for half of it.",
+            where="prompts",
+            resolution="Prompts of exact lengths need a server that counts: see its /tokenize, or `usage`.",
+        )
     return Vocabulary(
         words=tuple(_WORDS),
         overhead_tokens=max(0, round(count(once) - tokens_per_word * len(_WORDS))),

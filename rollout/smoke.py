@@ -85,6 +85,7 @@ class Capabilities(Value):
             vision=chat and "vision" not in why_not,
             max_images_per_prompt=serving.max_images_per_prompt,
             max_model_len=serving.max_model_len or _context_window(config),
+            structured_output=chat,
             why_not=why_not,
         )
 
@@ -124,6 +125,9 @@ class SmokeReport(Value):
     """All checks in order."""
 
     base_url: str
+    """Which the curl lines name."""
+    reach_with: str = ""
+    """The command that makes `base_url` reachable, e.g. a port-forward; empty if it is anyway."""
     model: str
     results: tuple[SmokeResult, ...]
     canary_answers: dict[str, str] = {}
@@ -178,7 +182,7 @@ CHECKS: tuple[SmokeCheck, ...] = (
     SmokeCheck("tools", "a tool is called with valid arguments, and its result used", "tools"),
     SmokeCheck("image", "an image is looked at", "vision"),
     SmokeCheck("image-limit", "one image too many is refused", "vision"),
-    SmokeCheck("structured-output", "an answer follows a JSON schema", "chat"),
+    SmokeCheck("structured-output", "an answer follows a JSON schema", "structured_output"),
     SmokeCheck("long-context", "a prompt that nearly fills the context window is answered"),
     SmokeCheck("bad-request", "a wrong request is refused with a message"),
     SmokeCheck("concurrency", "several answers stream at once", "chat"),
@@ -485,6 +489,23 @@ def refusal_problems(status: int, answer: Any, *, expected: Sequence[int]) -> li
     if status not in expected:
         return [f"answered with {status}, not {' or '.join(map(str, expected))}"]
     return [] if error_message(answer) else ["the refusal does not say why"]
+
+
+def image_limit_problems(status: int, answer: Any, *, limit: int) -> list[str]:
+    """One image too many must be refused, and for that: the message speaks of images and names the limit."""
+    problems = refusal_problems(status, answer, expected=(400, 422))
+    message = error_message(answer)
+    if problems or ("image" in message.lower() and re.search(rf"\b{limit}\b", message)):
+        return problems
+    return [f"refused, but not for the number of images: {message[:120]}"]
+
+
+def prompt_tokens(answer: Any) -> int:
+    """As the server counts them. ValueError if it does not say."""
+    try:
+        return int(answer["usage"]["prompt_tokens"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError("it has no usage.prompt_tokens") from error
 
 
 def error_message(answer: Any) -> str:

@@ -72,7 +72,7 @@ class FailureKind(StrEnum):
     BROKEN_STREAM = "broken-stream"
     """Not HTTP, or a stream that ends without `[DONE]` or reports an error."""
     UNFINISHED = "unfinished"
-    """Still running when the stage's drain time was over: overload, not an error of the server."""
+    """Still running when the stage's drain time was over: overload, or a server that hangs."""
 
 
 @dataclass(slots=True)
@@ -171,16 +171,22 @@ class Stage(Value):
     failures: dict[str, int] = {}
     """Number by `FailureKind`."""
     first_failure: str = ""
-    """The first failure in words."""
+    """The first failure in words; an error goes before an unfinished request."""
+    unfinished_late: Annotated[int, Field(ge=0)] = 0
+    """Unfinished requests that arrived after `LATE_FROM` of the stage: they had the least time."""
     input_tokens_per_s: float
     output_tokens_per_s: float
     """Output tokens received per second between `SETTLED_FROM` of the stage and its end."""
     offered_output_tokens_per_s: float
-    """What the server must produce to follow the offered rate."""
+    """What the server must produce to follow the offered rate: planned tokens, of a completed answer its own."""
+    answer_share: float | None = None
+    """Output tokens of the completed answers / those asked for; below 1, the server ends answers early."""
     requests_per_s: float
     """Completed requests / time until the last one ended."""
     goodput_per_s: float | None = None
     """Requests/s that met every objective of the run; None without per-request objectives."""
+    goodput_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Requests that met every objective / all requests of the stage, failed and unfinished ones included."""
     concurrency_mean: float
     """Requests in flight, averaged over the settled part of the stage."""
     concurrency_max: int
@@ -210,9 +216,13 @@ class Stage(Value):
 
     @property
     def failed_share(self) -> float:
-        """Failed requests / all, without those that overload merely left unfinished."""
-        failed = sum(count for kind, count in self.failures.items() if kind != FailureKind.UNFINISHED)
-        return failed / max(1, self.requests)
+        """Requests without a complete answer / all: to a user, an answer that hangs is none."""
+        return sum(self.failures.values()) / max(1, self.requests)
+
+    @property
+    def error_share(self) -> float:
+        """Failed requests / all, without unfinished ones: a saturated server still works on those."""
+        return self.failed_share - self.failures.get(FailureKind.UNFINISHED, 0) / max(1, self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +254,10 @@ def summarize(
     failures = Counter(record.failure for record in records if record.failure is not None)
     settled_s = duration_s * SETTLED_FROM
     window_s = duration_s - settled_s
+    good = sum(_is_good(record, limits) for record in completed) if limits else None
+    planned_of_completed = sum(record.planned_output_tokens for record in completed)
+    answered = sum(record.output_tokens for record in completed)
+    planned = sum(record.planned_output_tokens for record in records)
     in_window = sum(_tokens_between(record, settled_s, duration_s) for record in records)
     last_end_s = max((record.ended_s for record in completed), default=duration_s)
     ttft = np.array([record.ttft_s for record in (*completed, *unfinished)])
@@ -258,12 +272,15 @@ def summarize(
         requests=len(records),
         completed=len(completed),
         failures={kind.value: count for kind, count in sorted(failures.items())},
-        first_failure=next((r.detail for r in records if r.failure and r.failure is not FailureKind.UNFINISHED), ""),
+        first_failure=_first_failure(records),
+        unfinished_late=sum(record.scheduled_s >= duration_s * LATE_FROM for record in unfinished),
         input_tokens_per_s=sum(r.input_tokens for r in completed) / max(last_end_s, duration_s),
         output_tokens_per_s=in_window / window_s,
-        offered_output_tokens_per_s=sum(record.planned_output_tokens for record in records) / duration_s,
+        offered_output_tokens_per_s=(planned - planned_of_completed + answered) / duration_s,
+        answer_share=answered / planned_of_completed if planned_of_completed else None,
         requests_per_s=len(completed) / max(last_end_s, duration_s),
-        goodput_per_s=_goodput(completed, limits, max(last_end_s, duration_s)) if limits else None,
+        goodput_per_s=None if good is None else good / max(last_end_s, duration_s),
+        goodput_share=None if good is None else good / len(records),
         concurrency_mean=sum(_overlap_s(record, settled_s, duration_s) for record in records) / window_s,
         concurrency_max=_most_in_flight(records),
         ttft_s=Percentiles.of(ttft),
@@ -305,17 +322,21 @@ def _most_in_flight(records: Sequence[RequestRecord]) -> int:
     return most
 
 
-def _goodput(completed: Sequence[RequestRecord], limits: RequestLimits, over_s: float) -> float:
-    def is_good(record: RequestRecord) -> bool:
-        e2e_s = record.ended_s - record.sent_s
-        return (
-            record.ttft_s <= limits.ttft_s
-            and (record.output_tokens < 2 or _tpot_s(record) <= limits.itl_s)
-            and e2e_s / max(1, record.output_tokens) <= limits.ntpot_s
-            and e2e_s <= limits.e2e_s
-        )
+def _is_good(record: RequestRecord, limits: RequestLimits) -> bool:
+    e2e_s = record.ended_s - record.sent_s
+    return (
+        record.ttft_s <= limits.ttft_s
+        and (record.output_tokens < 2 or _tpot_s(record) <= limits.itl_s)
+        and e2e_s / max(1, record.output_tokens) <= limits.ntpot_s
+        and e2e_s <= limits.e2e_s
+    )
 
-    return sum(map(is_good, completed)) / over_s
+
+def _first_failure(records: Sequence[RequestRecord]) -> str:
+    """An error tells more than a request that was cut off."""
+    failed = [record for record in records if record.failure is not None]
+    failed.sort(key=lambda record: record.failure is FailureKind.UNFINISHED)
+    return failed[0].detail if failed else ""
 
 
 _SAMPLE = re.compile(r"^(vllm:[a-z_]+)(?:\{[^}]*\})? ([-+.0-9eE]+|NaN)$", re.MULTILINE)

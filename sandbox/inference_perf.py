@@ -5,16 +5,20 @@
 
 Simulated: the configuration file is read as strictly as the tool's own pydantic models do (an unknown key, a missing
 one or a wrong type ends it with exit code 1 and the message), the tokenizer is looked up on the hub at `HF_ENDPOINT`
-with `HF_TOKEN`, one stage of requests is really sent, streamed, to the server's address, and the two reports that we
-read are written in the shape of 0.7. Times in them are of a monotonic clock, as the tool's are.
+with `HF_TOKEN`, the requests of the trace are really sent, streamed, to the server's address when they are due, and
+the two reports that we read are written in the shape of 0.7. Times in them are of a monotonic clock, as the tool's are.
+Like the tool, it waits for every answer; one that takes longer than `request_timeout` is an entry with the error
+`TimeoutError`. (Of requests that the tool cancels, when a worker dies, it writes no entry.)
 
-Not simulated: what we never configure is refused like an unknown key, though the tool knows it (sweeps, traces, other
-servers, Prometheus, storage in buckets, several stages). No worker processes; input lengths are words, not tokens.
+Not simulated: what we never configure is refused like an unknown key, though the tool knows it (chat, sweeps, lengths
+and arrivals of its own, other servers, Prometheus, storage in buckets, several stages). No worker processes; input
+lengths are words, not tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
+import csv
 import functools
 import http.server
 import json
@@ -22,6 +26,8 @@ import os
 import random
 import sys
 import time
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,7 +47,7 @@ class _Strict(BaseModel):
 
 
 class Api(_Strict):
-    type: Literal["completion", "chat"]
+    type: Literal["completion"]
     streaming: Literal[True]
 
 
@@ -56,25 +62,16 @@ class Tokenizer(_Strict):
     pretrained_model_name_or_path: str
 
 
-class Distribution(_Strict):
-    type: Literal["fixed", "lognormal"]
-    min: int
-    max: int
-    mean: float
-    std_dev: float
-
-    def sample(self, count: int, generator: np.random.Generator) -> list[int]:
-        if self.type == "fixed" or not self.std_dev:
-            return [round(self.mean)] * count
-        spread = np.log(1 + (self.std_dev / self.mean) ** 2)
-        drawn = generator.lognormal(np.log(self.mean) - spread / 2, np.sqrt(spread), count)
-        return [int(each) for each in np.clip(np.rint(drawn), self.min, self.max)]
+class TraceFile(_Strict):
+    file: str
+    format: Literal["AzurePublicDataset"]
 
 
 class Data(_Strict):
+    """Random prompts: the tool writes them for `completion` alone."""
+
     type: Literal["random"]
-    input_distribution: Distribution
-    output_distribution: Distribution
+    trace: TraceFile
 
 
 class LoadStage(_Strict):
@@ -83,11 +80,11 @@ class LoadStage(_Strict):
 
 
 class Load(_Strict):
-    type: Literal["constant", "poisson"]
+    type: Literal["trace_replay"]
+    trace: TraceFile
     stages: Annotated[list[LoadStage], Field(min_length=1, max_length=1)]
     worker_max_concurrency: int
     request_timeout: float
-    stage_teardown_grace_seconds: float
     base_seed: int
 
 
@@ -188,22 +185,32 @@ def find_tokenizer(repository: str) -> None:
     requests.get(url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=30).raise_for_status()
 
 
+@dataclass(frozen=True)
+class TracedRequest:
+    at_s: float
+    """After the first one."""
+    prompt_words: int
+    output_tokens: int
+
+
+def read_trace(path: Path) -> list[TracedRequest]:
+    """TIMESTAMP,ContextTokens,GeneratedTokens; times count from the first row's. ValueError if a row is none."""
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))[1:]
+    begin = datetime.fromisoformat(rows[0][0])
+    return [
+        TracedRequest((datetime.fromisoformat(at) - begin).total_seconds(), int(prompt), int(output))
+        for at, prompt, output in rows
+    ]
+
+
 class Stage:
     """Sends one stage, open loop, and notes what happened to each request."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        stage = config.load.stages[0]
-        count = max(1, int(stage.rate * stage.duration))
-        generator = np.random.default_rng(config.load.base_seed)
-        poisson = config.load.type == "poisson"
-        gaps = generator.exponential(1 / stage.rate, count) if poisson else np.full(count, 1 / stage.rate)
-        self._at_s = [float(at_s) for at_s in np.cumsum(gaps)]
-        self._inputs = config.data.input_distribution.sample(count, generator)
-        self._outputs = config.data.output_distribution.sample(count, generator)
+        self._trace = read_trace(on_this_machine(config.load.trace.file))
         self._words = random.Random(config.load.base_seed)
-        path = "/v1/completions" if config.api.type == "completion" else "/v1/chat/completions"
-        self._url = service_address(config.server.base_url) + path
+        self._url = service_address(config.server.base_url) + "/v1/completions"
 
     async def run(self) -> tuple[list[dict[str, Any]], list[float]]:
         """The entries of the report, and how late each request was sent, in seconds."""
@@ -212,23 +219,20 @@ class Stage:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             start = time.perf_counter() + LEAD_S
             sending: list[asyncio.Task[dict[str, Any]]] = []
-            for at_s, prompt_words, output_tokens in zip(self._at_s, self._inputs, self._outputs, strict=True):
-                await asyncio.sleep(max(0.0, start + at_s - time.perf_counter()))
-                sending.append(asyncio.create_task(self._send(session, prompt_words, output_tokens)))
-            await asyncio.wait(sending, timeout=self._config.load.stage_teardown_grace_seconds)
-            for task in sending:
-                task.cancel()
+            for request in self._trace:
+                await asyncio.sleep(max(0.0, start + request.at_s - time.perf_counter()))
+                sending.append(asyncio.create_task(self._send(session, request)))
             entries = await asyncio.gather(*sending)
-        delays = [entry["start_time"] - start - at_s for entry, at_s in zip(entries, self._at_s, strict=True)]
+        delays = [entry["start_time"] - start - each.at_s for entry, each in zip(entries, self._trace, strict=True)]
         return entries, delays
 
-    async def _send(self, session: aiohttp.ClientSession, prompt_words: int, output_tokens: int) -> dict[str, Any]:
+    async def _send(self, session: aiohttp.ClientSession, request: TracedRequest) -> dict[str, Any]:
         began = time.perf_counter()
         times: list[float] = []
         usage: dict[str, Any] = {}
         error: dict[str, str] | None = None
         try:
-            async with session.post(self._url, json=self._body(prompt_words, output_tokens)) as response:
+            async with session.post(self._url, json=self._body(request)) as response:
                 if response.status != 200:
                     error = {"error_type": f"HTTP Error {response.status}", "error_msg": await response.text()}
                 async for line in response.content:
@@ -237,13 +241,13 @@ class Stage:
                         if event.get("choices"):
                             times.append(time.perf_counter())
                         usage = event.get("usage") or usage
-        except (aiohttp.ClientError, TimeoutError, asyncio.CancelledError) as failure:
+        except (aiohttp.ClientError, TimeoutError) as failure:
             error = {"error_type": type(failure).__name__, "error_msg": str(failure)}
         return {
             "start_time": began,
             "end_time": time.perf_counter(),
             "info": {
-                "request_metrics": {"text": {"input_tokens": prompt_words}},
+                "request_metrics": {"text": {"input_tokens": request.prompt_words}},
                 "response_metrics": {
                     "output_tokens": len(times),
                     "server_usage": usage,
@@ -254,13 +258,11 @@ class Stage:
             "error": error,
         }
 
-    def _body(self, prompt_words: int, output_tokens: int) -> dict[str, Any]:
-        text = " ".join(self._words.choices(_WORDS, k=max(1, prompt_words)))
-        chat = self._config.api.type == "chat"
-        prompt: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-        return prompt | {
+    def _body(self, request: TracedRequest) -> dict[str, Any]:
+        return {
             "model": self._config.server.model_name,
-            "max_tokens": output_tokens,
+            "prompt": " ".join(self._words.choices(_WORDS, k=max(1, request.prompt_words))),
+            "max_tokens": request.output_tokens,
             "ignore_eos": self._config.server.ignore_eos,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -16,8 +16,9 @@ from rollout.clients.openai_api import run_smoke_suite
 from rollout.clients.records import RecordStore
 from rollout.cost import TokenCost, cost_at_knee
 from rollout.errors import ObjectivesMissed, SmokeFailed
-from rollout.history import CurveRecord, keep, last_good, records_of
+from rollout.history import keep, last_good, record_to_keep, records_of
 from rollout.objectives import Verdict, judge
+from rollout.objects import port_forward_line
 from rollout.pictures import latency_over_throughput, tokens_over_rate, ttft_over_rate
 from rollout.plan import RolloutPlan, known_price
 from rollout.profiling import environment_of
@@ -32,22 +33,30 @@ from tasks.step import Artifact, Outcome, ProgressBar, step
 @step("smoke test", retries=1)
 def smoke_test(plan: RolloutPlan) -> Outcome[SmokeReport]:
     """The document's request and everything else that the model should be able to do."""
-    capabilities = Capabilities.of(plan.checkpoint_config, plan.serving)
+    capabilities = Capabilities.of(plan.checkpoint_config, plan.serving, has_chat_template=plan.has_chat_template)
     good = RecordStore(plan.target).last_good(plan.serving.name, plan.model.repo_id)
     answers = good.smoke.canary_answers if good and good.smoke else {}
-    with ClusterClient.connect(plan.target).endpoint(plan.serving.service_name) as base_url:
+    serving = plan.serving
+    with ClusterClient.connect(plan.target).endpoint(serving.service_name) as base_url:
         report = run_smoke_suite(
             base_url,
-            plan.serving.served_model_name,
+            serving.served_model_name,
             capabilities,
             canaries=with_expectations(CANARIES, answers),
+            # Where this run reaches the Service, whoever repeats a check does not.
+            curl_url=f"http://127.0.0.1:{serving.port}",
+            reach_with=port_forward_line(plan.target.namespace, serving.service_name, serving.port),
         )
     return Outcome(
         value=report,
         summary=report.summary(),
         status=StepStatus.DONE,
         data=report.model_dump(mode="json"),
-        artifact=Artifact("smoke-test", f"Smoke test of {plan.serving.served_model_name}", table=report.table()),
+        artifact=Artifact(
+            "smoke-test",
+            f"Smoke test of {serving.served_model_name}. Before a curl line: `{report.reach_with}`",
+            table=report.table(),
+        ),
     )
 
 
@@ -57,7 +66,8 @@ def require_passed(report: SmokeReport) -> None:
         raise SmokeFailed(
             report.summary(),
             where=report.model,
-            resolution="Each row of the smoke-test artifact has the curl line that repeats its check.",
+            resolution="Each row of the smoke-test artifact has the curl line that repeats its check, after"
+            f" `{report.reach_with}`.",
         )
 
 
@@ -66,7 +76,7 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
     """Load sweep to saturation. Finished stages of the same pods are not measured again."""
     logger = get_run_logger()
     environment = environment_of(plan.model, plan.serving, plan.target)
-    store = StageStore(plan.target, environment, spec, pods)
+    store = StageStore(plan.target, environment, spec, pods, plan.policy.objectives.request_limits)
     completed = store.read()
     bar = ProgressBar("benchmark-progress", "Load sweep")
     stages = list(completed)
@@ -139,7 +149,8 @@ def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: Benchmark
     """Hold what was measured against the policy's objectives and the last good curve; keep the curve for the next."""
     store = BucketHistory(plan.target)
     curves = records_of(store, benchmark.spec.workload.key, model=benchmark.environment.model)
-    baseline = last_good(curves, before=benchmark.started_at)
+    others = [curve for curve in curves if curve.report.stages != benchmark.stages]
+    baseline = last_good(others, before=benchmark.started_at)
     cost = _cost(plan, benchmark)
     verdict = judge(
         plan.policy.objectives,
@@ -148,8 +159,9 @@ def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: Benchmark
         passed_checks=smoke.passed_checks,
         baseline=baseline.report.stages if baseline else (),
     )
-    if all(curve.report.stages != benchmark.stages for curve in curves):  # a rerun hands on stages that are kept
-        keep(store, CurveRecord(report=benchmark, good=verdict.met, run_name=plan.title))
+    record = record_to_keep(curves, benchmark, good=verdict.met, run_name=plan.title)
+    if record is not None:
+        keep(store, record)
     return Outcome(
         value=verdict,
         summary=verdict.summary() + (f"; {cost.usd_per_million_output_tokens:.3g} USD/M output tokens" if cost else ""),

@@ -27,7 +27,7 @@ from rollout.rendering import KubernetesObject
 from rollout.revisions import REVISION_LABEL
 from rollout.stage import RequestLimits, Stage, parse_vllm_metrics, server_side
 from rollout.values import content_digest
-from rollout.workload import planned_duration_s
+from rollout.workload import PlannedRequest, planned_duration_s
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ class LoadJobs:
         Raises LoadFailed with the pod's reason, or DeadlineExceeded. Afterwards the Job is gone.
         """
         duration_s = planned_duration_s(planned.rate_per_s, planned.duration_s)
-        deadline_s = START_S + duration_s + self._spec.drain_timeout_s + REPORT_S
+        load_s = duration_s + inference_perf.request_timeout_s(self._spec, planned)
+        deadline_s = START_S + load_s + REPORT_S
         manifests = self.manifests(planned, repeat, deadline_s + FETCH_S)
         name = manifests[-1]["metadata"]["name"]
         self._remove_failed(manifests)
@@ -95,6 +96,7 @@ class LoadJobs:
             each,
             summary,
             planned,
+            self._schedule(planned, repeat),
             self._spec,
             limits=self._limits,
             server=server_side(inference_perf.under_load(samples)),
@@ -116,6 +118,7 @@ class LoadJobs:
         )
         objects = inference_perf.objects(
             configuration,
+            self._schedule(planned, repeat),
             name=name,
             namespace=target.namespace,
             labels=self._labels(),
@@ -124,6 +127,9 @@ class LoadJobs:
             image=self._image,
         )
         return (*self._secrets(name), *objects)
+
+    def _schedule(self, planned: PlannedStage, repeat: int) -> list[PlannedRequest]:
+        return self._spec.workload.schedule(planned.rate_per_s, planned.duration_s, repeat=repeat)
 
     def _labels(self) -> dict[str, str]:
         """Those of the Deployment that is measured: whoever removes a revision, or the model, removes its load too."""

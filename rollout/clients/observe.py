@@ -30,6 +30,7 @@ from rollout.clients.transfer import read_provenance
 from rollout.delivery import DeliveryStrategy
 from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
 from rollout.fit import check_context_window, check_ephemeral_storage, check_memory
+from rollout.layout import CHAT_TEMPLATES, CONFIG, TOKENIZER_CONFIG
 from rollout.ledger import standing
 from rollout.model import PinnedModel
 from rollout.objects import WeightsSource, uses_compute_class
@@ -414,8 +415,9 @@ def _check_spec(observer: _Observer, serving: ServingSpec, hub_token: str | None
 
 def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hub_token: str | None) -> None:
     weights_bytes = sum(file.size_bytes for file in model.files if file.path.endswith(".safetensors"))
-    config = read_config(model, observer.target, hub_token)
+    config = read_document(model, CONFIG, observer.target, hub_token)
     observer.found["checkpoint_config"] = config
+    observer.found["has_chat_template"] = has_chat_template(model, serving, observer.target, hub_token)
     observer.checks.append(check_memory(weights_bytes, config, serving, accelerator(serving.accelerator.type)))
     observer.checks.append(check_context_window(config, serving))
     observer.checks.append(
@@ -428,11 +430,22 @@ def caches_on_disk(serving: ServingSpec, source: WeightsSource) -> bool:
     return source is WeightsSource.HUB and not serving.env.get("HF_HOME", "").startswith("/dev/shm")
 
 
-def read_config(model: PinnedModel, target: Target, hub_token: str | None) -> Mapping[str, Any]:
-    """The model's config.json, from the hub at the pinned commit."""
-    file = next(file for file in model.files if file.path == "config.json")
+def has_chat_template(model: PinnedModel, serving: ServingSpec, target: Target, hub_token: str | None) -> bool:
+    """As vLLM looks for one: a flag, a file of its own, a key of the tokenizer's config."""
+    flags = {argument.partition("=")[0].replace("_", "-") for argument in serving.extra_args}
+    paths = {file.path for file in model.files}
+    if "--chat-template" in flags or paths.intersection(CHAT_TEMPLATES):
+        return True
+    if TOKENIZER_CONFIG not in paths:
+        return False
+    return bool(read_document(model, TOKENIZER_CONFIG, target, hub_token).get("chat_template"))
+
+
+def read_document(model: PinnedModel, path: str, target: Target, hub_token: str | None) -> Mapping[str, Any]:
+    """A JSON file of the model, from the hub at the pinned commit."""
+    file = next(file for file in model.files if file.path == path)
     content = bytearray(min(file.size_bytes, _CONFIG_LIMIT_BYTES))
     for _ in HubClient(target.hub_endpoint, hub_token).open(model, file).read(0, memoryview(content)):
         pass
-    config: dict[str, Any] = json.loads(content)
-    return config
+    document: dict[str, Any] = json.loads(content)
+    return document

@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 
-from rollout.errors import BadInput, SmokeFailed
+from rollout.errors import BadInput, RolloutError, SmokeFailed
 from rollout.prompts import calibrate
 from rollout.smoke import (
     CANARIES,
@@ -33,8 +33,10 @@ from rollout.smoke import (
     curl_line,
     error_message,
     finish_reason,
+    image_limit_problems,
     image_request,
     message_of,
+    prompt_tokens,
     reasoning_of,
     reasoning_problems,
     refusal_problems,
@@ -102,8 +104,9 @@ class OpenAiApi:
     def models(self) -> dict[str, int | None]:
         """Served models and their context windows in tokens."""
         answer = self.get("/v1/models")
-        entries = answer.body.get("data", []) if answer.status == 200 and isinstance(answer.body, dict) else []
-        return {str(entry.get("id")): entry.get("max_model_len") for entry in entries}
+        entries = answer.body.get("data") if answer.status == 200 and isinstance(answer.body, dict) else None
+        listed = entries if isinstance(entries, list) else []
+        return {str(each.get("id")): each.get("max_model_len") for each in listed if isinstance(each, dict)}
 
     def max_model_len(self, model: str) -> int | None:
         """The context window in tokens, if the server states it. Raises BadInput if it does not serve `model`."""
@@ -126,7 +129,7 @@ class OpenAiApi:
         message = [{"role": "user", "content": text}]
         prompt: dict[str, Any] = {"messages": message} if chat else {"prompt": text}
         answer = self.post("/tokenize", {"model": model, **prompt})
-        if answer.status == 200:
+        if answer.status == 200 and isinstance(answer.body, dict) and isinstance(answer.body.get("count"), int):
             return int(answer.body["count"])
         path = "/v1/chat/completions" if chat else "/v1/completions"
         answer = self.post(path, {"model": model, "max_tokens": 1, **prompt})
@@ -134,7 +137,12 @@ class OpenAiApi:
             raise SmokeFailed(
                 f"tokens cannot be counted: {answer.status} {error_message(answer.body)}", where=self.base_url + path
             )
-        return int(answer.body["usage"]["prompt_tokens"])
+        try:
+            return prompt_tokens(answer.body)
+        except ValueError as error:
+            raise SmokeFailed(
+                f"tokens cannot be counted: the answer cannot be read, {error}", where=self.base_url + path
+            ) from error
 
     def _answer(self, method: str, path: str, body: Any = None) -> Answer:
         started = time.perf_counter()
@@ -194,11 +202,18 @@ def run_smoke_suite(
     capabilities: Capabilities,
     *,
     canaries: Sequence[CanaryPrompt] = CANARIES,
+    curl_url: str | None = None,
+    reach_with: str = "",
     on_result: Callable[[SmokeResult], None] | None = None,
     timeout_s: float = ANSWER_TIMEOUT_S,
 ) -> SmokeReport:
-    """Run every check against `base_url` (without `/v1`) and report; a failed check is a result, never an exception."""
-    suite = _Suite(OpenAiApi(base_url, timeout_s=timeout_s), model, capabilities, canaries)
+    """Run every check against `base_url` (without `/v1`) and report; a failed check is a result, never an exception.
+
+    The report's curl lines name `curl_url` where `base_url` ends with this run, as a port-forward does; `reach_with`
+    is the command that makes it reachable.
+    """
+    api = OpenAiApi(base_url, timeout_s=timeout_s)
+    suite = _Suite(api, model, capabilities, canaries, curl_url or api.base_url)
     results = []
     for check in CHECKS:
         result = suite.run(check)
@@ -207,7 +222,11 @@ def run_smoke_suite(
         if on_result is not None:
             on_result(result)
     return SmokeReport(
-        base_url=suite.api.base_url, model=model, results=tuple(results), canary_answers=suite.canary_answers
+        base_url=suite.curl_url,
+        reach_with=reach_with,
+        model=model,
+        results=tuple(results),
+        canary_answers=suite.canary_answers,
     )
 
 
@@ -219,9 +238,15 @@ class _Suite:
     """The checks. Each method sends its requests, notes what was seen, and returns the problems."""
 
     def __init__(
-        self, api: OpenAiApi, model: str, capabilities: Capabilities, canaries: Sequence[CanaryPrompt]
+        self,
+        api: OpenAiApi,
+        model: str,
+        capabilities: Capabilities,
+        canaries: Sequence[CanaryPrompt],
+        curl_url: str,
     ) -> None:
         self.api = api
+        self.curl_url = curl_url
         self.canary_answers: dict[str, str] = {}
         self._model = model
         self._capabilities = capabilities
@@ -239,10 +264,11 @@ class _Suite:
             problems = method()
         except _NotApplicable as reason_:
             return SmokeResult(name=check.name, outcome=Outcome.NOT_APPLICABLE, detail=str(reason_))
-        except SmokeFailed as error:
+        except RolloutError as error:
             problems = [str(error)]
-        except ValueError as error:
-            problems = [f"the answer cannot be read: {error}"]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            # Whatever a server may send in place of an object, a list or a number is a verdict on the server.
+            problems = [f"the answer cannot be read: {str(error) or type(error).__name__}"]
         return SmokeResult(
             name=check.name,
             outcome=Outcome.FAILED if problems else Outcome.PASSED,
@@ -252,13 +278,13 @@ class _Suite:
         )
 
     def _get(self, path: str) -> Answer:
-        self._curl = self._curl or curl_line(self.api.base_url, path)
+        self._curl = self._curl or curl_line(self.curl_url, path)
         answer = self.api.get(path)
         self._latency_s = self._latency_s or answer.latency_s
         return answer
 
     def _post(self, path: str, body: Any) -> Answer:
-        self._curl = self._curl or curl_line(self.api.base_url, path, body)
+        self._curl = self._curl or curl_line(self.curl_url, path, body)
         answer = self.api.post(path, body)
         self._latency_s = self._latency_s or answer.latency_s
         return answer
@@ -329,7 +355,7 @@ class _Suite:
         problems = chat_problems(answer, model=self._model)
         without = self._chat(image_request(self._model, 0))
         if not problems:
-            tokens = answer["usage"]["prompt_tokens"] - without["usage"]["prompt_tokens"]
+            tokens = prompt_tokens(answer) - prompt_tokens(without)
             self._seen = f"{tokens} tokens of image; {str(message_of(answer).get('content') or '')[:60]}"
             if tokens < 1:
                 problems.append("the image adds no tokens to the prompt: it was not looked at")
@@ -341,10 +367,7 @@ class _Suite:
             raise _NotApplicable("served without --limit_mm_per_prompt.image")
         answer = self._post("/v1/chat/completions", image_request(self._model, limit + 1))
         self._seen = error_message(answer.body)[:120]
-        problems = refusal_problems(answer.status, answer.body, expected=(400, 422))
-        if not problems and str(limit) not in self._seen:
-            problems.append(f"refused, but not for the number of images: {self._seen}")
-        return problems
+        return image_limit_problems(answer.status, answer.body, limit=limit)
 
     def _check_structured_output(self) -> list[str]:
         answer = self._chat(structured_request(self._model))
@@ -364,11 +387,11 @@ class _Suite:
         else:
             path, body = "/v1/completions", {"model": self._model, "prompt": text, "max_tokens": 8, "temperature": 0}
         # The whole prompt would drown the report.
-        self._curl = f"# a prompt of {tokens} tokens: {curl_line(self.api.base_url, path, {'prompt': '…'})}"
+        self._curl = f"# a prompt of {tokens} tokens: {curl_line(self.curl_url, path, {'prompt': '…'})}"
         answer = self._post(path, body)
         if answer.status != 200:
             return [f"a prompt of {tokens} tokens was refused with {answer.status}: {error_message(answer.body)}"]
-        counted = int(answer.body["usage"]["prompt_tokens"])
+        counted = prompt_tokens(answer.body)
         self._seen = f"{counted} of {window} tokens"
         return [] if counted >= 0.9 * tokens else [f"of about {tokens} prompt tokens the server saw {counted}"]
 
@@ -392,7 +415,7 @@ class _Suite:
 
     def _check_concurrency(self) -> list[str]:
         bodies = [chat_request(self._model, f"Count to {n + 10}.", max_tokens=32) for n in range(CONCURRENT_STREAMS)]
-        self._curl = curl_line(self.api.base_url, "/v1/chat/completions", {**bodies[0], "stream": True})
+        self._curl = curl_line(self.curl_url, "/v1/chat/completions", {**bodies[0], "stream": True})
         started = time.perf_counter()
         with ThreadPoolExecutor(CONCURRENT_STREAMS) as pool:
             streams = list(pool.map(self._stream, bodies))
@@ -402,16 +425,15 @@ class _Suite:
         return [f"{broken} of {len(streams)} concurrent streams are incomplete"] if broken else []
 
     def _check_canary(self) -> list[str]:
-        problems, compared = [], 0
+        problems = []
         for canary in self._canaries:
             answer = self._chat(canary_request(self._model, canary))
             message = message_of(answer)
             text = str(message.get("content") or reasoning_of(message))
             self.canary_answers[canary.name] = text
             problems += canary_problems(canary, text)
-            compared += canary.expected is not None or canary.must_contain is not None
-        if not compared:
-            raise _NotApplicable("no answer of an earlier rollout is stored; these answers are the first")
-        stored = sum(canary.expected is not None for canary in self._canaries)
-        self._seen = f"{len(self._canaries)} prompts, {stored} compared with the last good rollout"
+        compared = sum(canary.expected is not None for canary in self._canaries)
+        if not compared and not problems:
+            raise _NotApplicable("not compared: no answer of an earlier rollout is stored; these answers are the first")
+        self._seen = f"{len(self._canaries)} prompts, {compared} compared with the last good rollout"
         return problems

@@ -25,7 +25,7 @@ import struct
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -46,8 +46,8 @@ _SO_TIMESTAMPNS = 35
 _KERNEL_STAMPS = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 _TIMESPEC = struct.Struct("qq")
 _STAMP_SPACE = socket.CMSG_SPACE(_TIMESPEC.size) if _KERNEL_STAMPS else 0
-_STALE_STAMP_S = 60.0
-"""A stamp older than this means that somebody set the clock: the selector's time counts then."""
+_READ_TOGETHER_S = 50e-6
+"""Two clocks count as read at one moment if a third reading is no later: else the process was stopped in between."""
 
 
 @dataclass(slots=True)
@@ -117,6 +117,39 @@ def _first_that_connects(addresses: Sequence[Any]) -> Any:
     return addresses[0]
 
 
+class KernelClock:
+    """Turns the kernel's wall-clock stamps into seconds after the start of a run.
+
+    The wall clock may be slewed or set meanwhile, so it is compared with the monotonic one again and again; and a stamp
+    counts only within the bounds of what the monotonic clock says.
+    """
+
+    def __init__(
+        self,
+        start: float,
+        *,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._wall = wall
+        self._monotonic = monotonic
+        self._start = start
+        self._wall_start = wall() - (monotonic() - start)
+
+    def compare(self) -> None:
+        before = self._monotonic()
+        wall = self._wall()
+        after = self._monotonic()
+        if after - before < _READ_TOGETHER_S:
+            self._wall_start = wall - ((before + after) / 2 - self._start)
+
+    def arrival(self, stamp: bytes, earliest: float, latest: float) -> float:
+        """When the kernel received the last bytes of a read; `latest` if the stamp lies outside of the bounds."""
+        seconds, nanoseconds = _TIMESPEC.unpack(stamp)
+        arrived: float = seconds - self._wall_start + nanoseconds * 1e-9
+        return arrived if earliest <= arrived < latest else latest
+
+
 class _Connection:
     """One socket and the answer that it is receiving."""
 
@@ -175,8 +208,9 @@ class StreamLoop:
     _active: set[_Connection] = field(default_factory=set)
     _idle: list[_Connection] = field(default_factory=list)
     _start: float = 0.0
-    _wall_start: float = 0.0
-    """`time.time()` at `_start`: kernel stamps are wall-clock time."""
+    _kernel: KernelClock = field(init=False)
+    _before: float = 0.0
+    """When the selector last returned before this time: all that had arrived by then has been read."""
     _waited_s: float = 0.0
     """In the selector, until the last request was due."""
     _out_of_files: bool = False
@@ -197,7 +231,9 @@ class StreamLoop:
         # Threads beside this one (metrics, a port-forward) may keep the interpreter for so long.
         sys.setswitchinterval(_SWITCH_S)
         cpu_start = time.thread_time()
-        self._start, self._wall_start = time.perf_counter(), time.time()
+        self._start = time.perf_counter()
+        self._kernel = KernelClock(self._start)
+        self._before = 0.0
         self._waited_s = 0.0
         try:
             self._loop(requests, records, prepared, duration_s)
@@ -239,6 +275,8 @@ class StreamLoop:
             if now < duration_s:
                 self._waited_s += min(woken, duration_s) - now
             now = woken
+            if ready:
+                self._kernel.compare()
             for key, _ in ready:
                 # One step of the server may wake hundreds of streams at once: arrivals do not wait for all of them.
                 if due_s <= clock() - start:
@@ -246,6 +284,7 @@ class StreamLoop:
                 # A connection may have been used again, and lost, since the selector named it.
                 if key.data.sock.fileno() >= 0:
                     self._advance(key.data, now)
+            self._before = now
             if now >= next_sweep_s:
                 next_sweep_s = now + _SWEEP_S
                 self._sweep(now)
@@ -347,7 +386,7 @@ class StreamLoop:
             elif _KERNEL_STAMPS:
                 data, ancillary, _, _ = connection.sock.recvmsg(_READ_BYTES, _STAMP_SPACE)
                 if ancillary:
-                    now = self._arrival(ancillary[0][2], now)
+                    now = self._kernel.arrival(ancillary[0][2], self._before, now)
             else:
                 data = connection.sock.recv(_READ_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -368,12 +407,6 @@ class StreamLoop:
             return
         if connection.done:
             self._finish(connection, now)
-
-    def _arrival(self, stamp: bytes, now: float) -> float:
-        """When the kernel received the last bytes of a read, in seconds after the start."""
-        seconds, nanoseconds = _TIMESPEC.unpack(stamp)
-        arrived = seconds - self._wall_start + nanoseconds * 1e-9
-        return arrived if now - _STALE_STAMP_S < arrived < now else now
 
     def _ended_by_peer(self, connection: _Connection, now: float) -> None:
         close_delimited = connection.state is _State.BODY and not connection.chunked and connection.length_left < 0

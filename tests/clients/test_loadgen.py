@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from rollout.benchmark import BenchmarkSpec, PlannedStage, next_stage
 from rollout.benchmark import Endpoint as ApiEndpoint
 from rollout.clients.loadgen import LoadGenerator, client_side, run_benchmark
 from rollout.clients.openai_api import OpenAiApi
-from rollout.clients.streams import Endpoint, OutgoingRequest, StreamLoop, StreamsResult
+from rollout.clients.streams import Endpoint, KernelClock, OutgoingRequest, StreamLoop, StreamsResult
 from rollout.curve import build_curve
 from rollout.errors import BadInput, RolloutError
 from rollout.objectives import Objectives
@@ -118,6 +119,40 @@ def test_lengths_are_cut_to_the_context_window_and_the_report_says_so(engine: st
 def test_an_unknown_model_is_refused_before_any_load(engine: str) -> None:
     with pytest.raises(BadInput, match="serves tiny, not other"):
         run_benchmark(engine, spec(), model="other")
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("step_s", [-30.0, -0.5, 0.5, 3600.0])
+def test_a_wall_clock_that_is_set_does_not_move_what_was_measured(step_s: float) -> None:
+    wall, monotonic = Clock(1_000_000.0), Clock(500.0)
+    kernel = KernelClock(500.0, wall=wall, monotonic=monotonic)
+
+    def stamp() -> bytes:
+        return struct.pack("qq", int(wall.now), round(wall.now % 1 * 1e9))
+
+    def go_on(seconds: float) -> None:
+        wall.now += seconds
+        monotonic.now += seconds
+
+    go_on(2.0)
+    assert kernel.arrival(stamp(), 1.9, 2.1) == pytest.approx(2.0, abs=1e-6)
+    early = stamp()
+    wall.now += step_s
+    go_on(0.25)
+    # What was stamped just before the step, or after it and before the comparison, is dated by the monotonic clock.
+    assert kernel.arrival(stamp(), 2.2, 2.3) == 2.3
+    kernel.compare()
+    assert kernel.arrival(early, 2.2, 2.3) == 2.3
+    assert kernel.arrival(stamp(), 2.2, 2.3) == pytest.approx(2.25, abs=1e-6)
 
 
 Handler = Callable[[web.Request], Any]

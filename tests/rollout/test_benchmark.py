@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from rollout.benchmark import BenchmarkReport, BenchmarkSpec, Environment, benchmark_report, next_rate, next_stage
+from rollout.curve import is_sustained
 from rollout.stage import (
     FailureKind,
     Percentiles,
@@ -79,18 +80,51 @@ def test_failures_are_counted_by_kind_and_kept_out_of_latencies() -> None:
     assert stage.ttft_s.count == 8
 
 
+def stuck(at_s: float) -> RequestRecord:
+    return RequestRecord(
+        scheduled_s=at_s, sent_s=at_s, ended_s=at_s + 30, failure=FailureKind.UNFINISHED, detail="still running"
+    )
+
+
 def test_unfinished_requests_keep_their_waiting_time_in_the_ttft() -> None:
-    stuck = RequestRecord(scheduled_s=0.9, sent_s=0.9, ended_s=30.9, failure=FailureKind.UNFINISHED)
-    stage = summarize([*(record(i * 0.1) for i in range(9)), stuck], duration_s=1)
+    stage = summarize([*(record(i * 0.1) for i in range(9)), stuck(0.9)], duration_s=1)
     assert stage.ttft_s is not None
     assert stage.ttft_s.maximum == pytest.approx(30)
-    assert stage.failed_share == 0
+    assert stage.failed_share == pytest.approx(0.1)
+    assert stage.error_share == 0
+    assert stage.first_failure == "still running"
+
+
+@pytest.mark.parametrize(("hang_from_s", "sustained"), [(0.0, False), (9.0, True)])
+def test_only_requests_that_arrived_late_may_be_unfinished(hang_from_s: float, sustained: bool) -> None:
+    """Five of 100 requests hang: a server that loses answers does not keep up, whatever the others wait."""
+    records = [record(i * 0.1) for i in range(100)]
+    first = round(hang_from_s * 10)
+    records[first : first + 10 : 2] = [stuck(i * 0.1) for i in range(first, first + 10, 2)]
+    stage = summarize(records, duration_s=10)
+    # The median of the late requests waits no longer than the others.
+    assert is_sustained(stage, 0.1) is sustained
+
+
+def test_a_server_that_ends_answers_early_is_not_overloaded() -> None:
+    records = [record(i * 0.1) for i in range(100)]
+    for each in records:
+        each.planned_output_tokens *= 2
+    stage = summarize(records, duration_s=10)
+    assert stage.follows == pytest.approx(1, rel=0.02)
+    assert stage.answer_share == pytest.approx(0.5)
+    assert is_sustained(stage, 0.1)
+    report = benchmark_report(
+        BenchmarkSpec(), Environment(model="m"), [stage], started_at=datetime(2026, 11, 22, tzinfo=UTC), duration_s=10
+    )
+    assert report.notes == ("Answers ended early, at 50% of the tokens that were asked for: the load was lighter.",)
 
 
 def test_goodput_counts_requests_within_every_limit() -> None:
     records = [record(i * 0.1, ttft_s=0.1 if i % 2 else 0.5) for i in range(100)]
     stage = summarize(records, duration_s=10, limits=RequestLimits(ttft_s=0.2, itl_s=0.02))
     assert stage.goodput_per_s == pytest.approx(stage.requests_per_s / 2)
+    assert stage.goodput_share == pytest.approx(0.5)
 
 
 def test_a_stage_in_which_nothing_was_answered_still_has_figures() -> None:

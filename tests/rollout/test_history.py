@@ -10,7 +10,7 @@ import pytest
 from rollout.benchmark import BenchmarkSpec, Environment, benchmark_report
 from rollout.clients.history import FolderHistory
 from rollout.errors import NotFound
-from rollout.history import CurveRecord, compare, keep, last_good, records_of
+from rollout.history import CurveRecord, compare, keep, last_good, record_to_keep, records_of
 from rollout.workload import workload_named
 from tests.rollout.curves import QueueServer
 
@@ -87,3 +87,21 @@ def test_equal_runs_do_not_differ() -> None:
 def test_a_missing_curve_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such curve"):
         FolderHistory(tmp_path).read("a/b.json")
+
+
+def test_the_last_verdict_on_a_curve_counts(store: Memory | FolderHistory) -> None:
+    """A sweep missed its objectives; they were eased, and the rerun handed on the same stages."""
+    missed = record(1, good=False)
+    keep(store, missed)
+    rerun = missed.report.model_copy(update={"started_at": datetime(2026, 11, 2, tzinfo=UTC)})
+    changed = record_to_keep([missed], rerun, good=True, run_name="run-2")
+    assert changed is not None
+    keep(store, changed)
+    (kept,) = records_of(store, BenchmarkSpec().workload.key)
+    assert (kept.good, kept.run_name) == (True, "run-1")
+    assert record_to_keep([kept], rerun, good=True, run_name="run-2") is None
+
+
+def test_another_curve_is_another_record() -> None:
+    new = record(2, capacity=11)
+    assert record_to_keep([record(1)], new.report, good=True, run_name="run-2") == new

@@ -1,24 +1,37 @@
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from rollout.benchmark import BenchmarkSpec, Endpoint, Engine, PlannedStage
+from rollout.benchmark import BenchmarkSpec, Endpoint, Engine, PlannedStage, next_stage
 from rollout.errors import BadInput
 from rollout.inference_perf import (
+    CONFIG_FOLDER,
     IMAGE,
     REPORTS_FOLDER,
     REPORTS_PORT,
+    TRACE_FILE,
     config,
     objects,
     read_stage,
-    standard_deviation,
+    request_timeout_s,
+    trace,
     under_load,
 )
-from rollout.workload import QUICKSTART, Arrivals, PrefixSharing, TokenLengths, dataset_workload, fixed_workload
+from rollout.stage import Stage
+from rollout.workload import (
+    QUICKSTART,
+    Arrivals,
+    PlannedRequest,
+    PrefixSharing,
+    Workload,
+    dataset_workload,
+    fixed_workload,
+)
 
 STAGE = PlannedStage(rate_per_s=4.0, duration_s=30.0)
 
@@ -34,32 +47,47 @@ def configured(spec: BenchmarkSpec) -> dict[str, Any]:
     )
 
 
-def test_the_config_sends_the_same_workload() -> None:
+@pytest.mark.parametrize("workload", [QUICKSTART, fixed_workload(128, 64, arrivals=Arrivals.CONSTANT)])
+def test_the_tool_sends_what_the_built_in_client_sends(workload: Workload) -> None:
+    schedule = workload.schedule(STAGE.rate_per_s, STAGE.duration_s)
+    header, *lines = trace(schedule).splitlines()
+    assert header == "TIMESTAMP,ContextTokens,GeneratedTokens"
+    assert len(lines) == 120
+    for line, request in zip(lines, schedule, strict=True):
+        stamp, prompt, answer = line.split(",")
+        assert (int(prompt), int(answer)) == (request.input_tokens, request.output_tokens)
+        at_s = datetime.fromisoformat(stamp) - datetime(2000, 1, 1)
+        assert at_s.total_seconds() == pytest.approx(request.at_s, abs=1e-6)
+
+
+def test_the_config_replays_the_trace() -> None:
     configuration = configured(BenchmarkSpec(workload=QUICKSTART))
+    assert configuration["data"]["trace"] == configuration["load"]["trace"]
+    assert configuration["data"]["trace"]["file"] == f"{CONFIG_FOLDER}/{TRACE_FILE}"
+    assert configuration["load"]["type"] == "trace_replay"
     assert configuration["load"]["stages"] == [{"rate": 4.0, "duration": 30}]
-    assert configuration["load"]["type"] == "poisson"
-    assert configuration["data"]["input_distribution"] == {
-        "type": "lognormal",
-        "min": 4,
-        "max": 1024,
-        "mean": 226.0,
-        "std_dev": pytest.approx(242.1, abs=0.1),
-    }
     assert configuration["load"]["base_seed"] == 7
 
 
-def test_fixed_lengths_and_constant_arrivals_stay_so() -> None:
-    spec = BenchmarkSpec(workload=fixed_workload(128, 64, arrivals=Arrivals.CONSTANT), endpoint=Endpoint.CHAT)
-    configuration = configured(spec)
-    assert configuration["data"]["output_distribution"] == {
-        "type": "fixed",
-        "min": 64,
-        "max": 64,
-        "mean": 64,
-        "std_dev": 0,
-    }
-    assert configuration["load"]["type"] == "constant"
-    assert configuration["api"] == {"type": "chat", "streaming": True}
+@pytest.mark.parametrize(("drain_timeout_s", "limit_s"), [(60.0, 90.0), (900.0, 600.0)])
+def test_the_drain_time_ends_requests_because_the_tool_waits_for_all(drain_timeout_s: float, limit_s: float) -> None:
+    """A stage of 30 s, and 600 s for a request."""
+    spec = BenchmarkSpec(drain_timeout_s=drain_timeout_s)
+    assert request_timeout_s(spec, STAGE) == limit_s
+    assert configured(spec)["load"]["request_timeout"] == limit_s
+
+
+def test_chat_is_refused_because_the_tool_writes_prompts_for_completions_alone() -> None:
+    with pytest.raises(ValidationError, match="/v1/completions alone"):
+        BenchmarkSpec(endpoint=Endpoint.CHAT, engine=Engine.INFERENCE_PERF)
+
+
+def test_a_stage_fits_into_a_config_map() -> None:
+    spec = BenchmarkSpec(engine=Engine.INFERENCE_PERF, rates_per_s=(5000.0,), stage_duration_s=60)
+    planned = next_stage(spec, [])
+    assert planned is not None
+    text = trace(spec.workload.schedule(planned.rate_per_s, planned.duration_s))
+    assert len(text) < 2**20
 
 
 @pytest.mark.parametrize(
@@ -71,16 +99,11 @@ def test_what_the_tool_cannot_send_is_refused(workload: Any) -> None:
         BenchmarkSpec(workload=workload, engine=Engine.INFERENCE_PERF)
 
 
-def test_the_standard_deviation_is_that_of_the_quantile_function() -> None:
-    assert standard_deviation(TokenLengths.fixed(100)) == 0
-    uniform = TokenLengths.model_validate({"points": [{"share": 0, "tokens": 1}, {"share": 1, "tokens": 13}]})
-    assert standard_deviation(uniform) == pytest.approx(12 / 12**0.5)
-
-
 def test_the_job_makes_the_load_and_then_serves_the_reports() -> None:
     configuration = configured(BenchmarkSpec())
     config_map, service, job = objects(
         configuration,
+        QUICKSTART.schedule(STAGE.rate_per_s, STAGE.duration_s),
         name="load-1",
         namespace="ns",
         labels={"app.kubernetes.io/managed-by": "llm-rollout"},
@@ -88,12 +111,14 @@ def test_the_job_makes_the_load_and_then_serves_the_reports() -> None:
         deadline_s=99.5,
     )
     assert yaml.safe_load(config_map["data"]["config.yml"]) == configuration
+    assert len(config_map["data"][TRACE_FILE].splitlines()) == 121
     assert job["spec"]["activeDeadlineSeconds"] == 100
     template = job["spec"]["template"]
     (load,), (reports,) = template["spec"]["initContainers"], template["spec"]["containers"]
     assert (load["name"], load["image"], load["env"][0]["name"]) == ("inference-perf", IMAGE, "HF_ENDPOINT")
     config, folder = template["spec"]["volumes"]
     assert config["configMap"]["name"] == config_map["metadata"]["name"]
+    assert load["volumeMounts"][0]["mountPath"] == CONFIG_FOLDER
     # Both containers see the folder that the configuration names, and the Service leads to the second one.
     assert configuration["storage"]["local_storage"]["path"] == REPORTS_FOLDER
     for container in (load, reports):
@@ -137,8 +162,17 @@ STAGE_REPORT = {
 }
 
 
+def read(
+    entries: list[dict[str, Any]], report: dict[str, Any] = STAGE_REPORT, spec: BenchmarkSpec | None = None
+) -> Stage:
+    """A stage of as many requests as there are entries, 0.25 s apart."""
+    schedule = [PlannedRequest(n * 0.25, 20, 11) for n in range(len(entries))]
+    planned = PlannedStage(rate_per_s=4.0, duration_s=len(entries) / 4)
+    return read_stage(entries, report, planned, schedule, spec or BenchmarkSpec())
+
+
 def test_reports_are_read_into_the_same_figures_as_our_own() -> None:
-    stage = read_stage([entry(i * 0.25) for i in range(40)], STAGE_REPORT, STAGE, BenchmarkSpec())
+    stage = read([entry(i * 0.25) for i in range(40)])
     assert (stage.rate_per_s, stage.completed) == (4.0, 40)
     assert stage.ttft_s is not None
     assert stage.itl_s is not None
@@ -146,6 +180,7 @@ def test_reports_are_read_into_the_same_figures_as_our_own() -> None:
     assert stage.ttft_s.p99 == pytest.approx(0.1)
     assert stage.itl_s.p50 == pytest.approx(0.01)
     assert stage.follows == pytest.approx(1, rel=0.1)
+    assert stage.answer_share == 1
     assert stage.late_ttft_s == pytest.approx(0.1)
     assert stage.client.schedule_delay_s.p99 == 0.004
     assert stage.client.limited_by is None
@@ -157,25 +192,31 @@ def test_reports_are_read_into_the_same_figures_as_our_own() -> None:
         ("HTTP Error 400", "rejected"),
         ("HTTP Error 429", "overloaded"),
         ("HTTP Error 500", "server-error"),
-        ("TimeoutError", "timeout"),
-        ("CancelledError", "unfinished"),
         ("ClientConnectorError", "connection-refused"),
         ("ServerDisconnectedError", "connection-lost"),
     ],
 )
 def test_errors_are_told_apart(error_type: str, kind: str) -> None:
     failed = entry(0.5, error={"error_type": error_type, "error_msg": "why"})
-    stage = read_stage([entry(0.0), failed], STAGE_REPORT, STAGE, BenchmarkSpec())
+    assert read([entry(0.0), failed]).failures == {kind: 1}
+
+
+@pytest.mark.parametrize(("request_timeout_s", "kind"), [(600.0, "unfinished"), (10.0, "timeout")])
+def test_an_answer_that_the_drain_time_ended_is_unfinished(request_timeout_s: float, kind: str) -> None:
+    failed = entry(0.5, error={"error_type": "TimeoutError", "error_msg": "Request timed out"})
+    stage = read([entry(0.0), failed], spec=BenchmarkSpec(request_timeout_s=request_timeout_s))
     assert stage.failures == {kind: 1}
 
 
 def test_a_late_load_generator_is_said_to_be_the_limit() -> None:
     delay = STAGE_REPORT["load_summary"]["schedule_delay"] | {"p90": 56.8}
-    stage = read_stage([entry(0.0)], {"load_summary": {"schedule_delay": delay}}, STAGE, BenchmarkSpec())
+    stage = read([entry(0.0)], {"load_summary": {"schedule_delay": delay}})
     assert stage.client is not None
     assert "56800 ms late" in (stage.client.limited_by or "")
 
 
-def test_an_empty_report_is_an_error() -> None:
-    with pytest.raises(BadInput, match="no request"):
-        read_stage([], STAGE_REPORT, STAGE, BenchmarkSpec())
+@pytest.mark.parametrize("reported", [0, 1])
+def test_requests_that_the_tool_does_not_report_are_an_error(reported: int) -> None:
+    schedule = [PlannedRequest(0.0, 20, 11), PlannedRequest(0.25, 20, 11)]
+    with pytest.raises(BadInput, match=f"{reported or 'no'} of 2 requests"):
+        read_stage([entry(0.0)] * reported, STAGE_REPORT, STAGE, schedule, BenchmarkSpec())

@@ -6,8 +6,18 @@ import pytest
 
 from rollout.cost import Price, token_cost
 from rollout.objectives import NoWorse, Objectives, Outcome, judge
-from rollout.stage import LatencyLimit, LatencyMetric, Percentile, Stage
-from tests.rollout.curves import QueueServer
+from rollout.stage import (
+    ClientSide,
+    FailureKind,
+    LatencyLimit,
+    LatencyMetric,
+    Percentile,
+    RequestLimits,
+    RequestRecord,
+    Stage,
+    summarize,
+)
+from tests.rollout.curves import QueueServer, spread
 
 RATES = (1, 2, 4, 8, 9.6, 10.8, 16)
 
@@ -22,6 +32,20 @@ STAGES = sweep(QueueServer(10))
 
 def ttft(limit_s: float, percentile: Percentile = Percentile.P90) -> LatencyLimit:
     return LatencyLimit(metric=LatencyMetric.TTFT, percentile=percentile, limit_s=limit_s)
+
+
+def answered(at_s: float, failure: FailureKind | None = None) -> RequestRecord:
+    """Two tokens within 20 ms, or nothing."""
+    times = [] if failure else [at_s + 0.01, at_s + 0.02]
+    return RequestRecord(
+        scheduled_s=at_s,
+        sent_s=at_s,
+        planned_output_tokens=2,
+        output_tokens=len(times),
+        token_times_s=times,
+        ended_s=times[-1] if times else at_s + 60,
+        failure=failure,
+    )
 
 
 def test_a_met_objective_states_limit_measured_and_margin() -> None:
@@ -84,10 +108,35 @@ def test_knee_throughput_cost_and_smoke_checks_are_limits_too() -> None:
 
 
 def test_goodput_is_the_share_of_good_requests_at_the_rate() -> None:
-    stages = [s.model_copy(update={"goodput_per_s": 0.9 * s.requests_per_s}) for s in STAGES]
+    stages = [s.model_copy(update={"goodput_share": 0.9}) for s in STAGES]
     assert judge(Objectives(min_goodput_share=0.89), stages).met
     assert not judge(Objectives(min_goodput_share=0.95), stages).met
     assert not judge(Objectives(min_goodput_share=0.5), STAGES).met
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_failed_request_is_no_good_one(every: int) -> None:
+    records = [answered(n * 0.1, FailureKind.SERVER_ERROR if n % every == 0 else None) for n in range(100)]
+    stage = summarize(records, duration_s=10, limits=RequestLimits(ttft_s=1))
+    verdict = judge(Objectives(at_rate_per_s=10, min_goodput_share=0.6, max_failed_share=None), [stage])
+    (row,) = verdict.rows
+    assert (row.outcome, row.measured) == (Outcome.MISSED, f"{100 - 100 // every:g} %")
+
+
+def test_requests_that_hang_have_failed_and_are_not_good() -> None:
+    records = [answered(n * 0.1, FailureKind.UNFINISHED if n % 10 == 0 else None) for n in range(100)]
+    stage = summarize(records, duration_s=10, limits=RequestLimits(ttft_s=1))
+    verdict = judge(Objectives(at_rate_per_s=10, min_goodput_share=0.95), [stage])
+    assert [(row.objective, row.measured) for row in verdict.misses] == [
+        ("failed requests", "10 %"),
+        ("goodput", "90 %"),
+    ]
+
+
+def test_a_limit_of_nothing_has_a_margin_in_its_own_unit() -> None:
+    failing = STAGES[0].model_copy(update={"failures": {"timeout": 3}})
+    (row,) = judge(Objectives(at_rate_per_s=1, max_failed_share=0), [failing]).rows
+    assert (row.margin, row.reason) == ("-10 %", "failed requests is 10 %, and the limit is 0 %")
 
 
 def test_request_limits_take_the_tightest_of_each_metric() -> None:
@@ -117,3 +166,43 @@ def test_the_first_rollout_has_nothing_to_be_compared_with() -> None:
     verdict = judge(Objectives(no_worse=NoWorse()), STAGES)
     assert verdict.met
     assert verdict.rows[-1].measured == "no earlier curve of this workload"
+
+
+CLIENT = ClientSide(schedule_delay_s=spread(0.5, 1), busy_share=0.99, limited_by="its loop was 99% busy")
+WIDE = QueueServer(1000)
+
+
+@pytest.mark.parametrize(
+    ("stages", "why"),
+    [
+        ([WIDE.stage(rate) for rate in (1, 10, 50)], "the highest rate that was offered"),
+        (
+            [WIDE.stage(10), WIDE.stage(50), QueueServer(60).stage(100).model_copy(update={"client": CLIENT})],
+            "the load generator itself was the limit",
+        ),
+    ],
+    ids=["max-rate", "client"],
+)
+def test_a_knee_that_was_not_reached_has_not_fallen(stages: list[Stage], why: str) -> None:
+    """The knee of the baseline is 100 requests/s, and the sweep ended at 50."""
+    baseline = [QueueServer(100).stage(rate) for rate in (1, 10, 50, 95, 110, 200)]
+    objectives = Objectives(
+        no_worse=NoWorse(), min_knee_rate_per_s=80, min_output_tokens_per_s=20_000, max_failed_share=None
+    )
+    rows = judge(objectives, stages, baseline=baseline).rows[:3]
+    assert [row.objective for row in rows] == ["knee", "output tokens/s", "knee, against the last good rollout"]
+    for row in rows:
+        assert (row.outcome, row.margin) == (Outcome.UNKNOWN, ""), row
+        assert row.measured.startswith("≥ ")
+        assert why in row.reason
+    assert judge(Objectives(min_knee_rate_per_s=50, max_failed_share=None), stages).met, (
+        "a lower bound can meet a limit"
+    )
+
+
+def test_latencies_at_the_baselines_rate_are_unknown_where_nothing_was_measured() -> None:
+    baseline = [QueueServer(100).stage(rate) for rate in (1, 10, 50, 95, 110, 200)]
+    rows = judge(Objectives(no_worse=NoWorse()), [QueueServer(100).stage(1)], baseline=baseline).rows
+    ttft = next(row for row in rows if row.objective.startswith("TTFT"))
+    assert ttft.outcome is Outcome.UNKNOWN
+    assert "nothing was measured at" in ttft.reason

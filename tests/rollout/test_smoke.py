@@ -22,6 +22,7 @@ from rollout.smoke import (
     chat_problems,
     curl_line,
     error_message,
+    image_limit_problems,
     image_request,
     reasoning_problems,
     red_square,
@@ -192,6 +193,24 @@ def test_refusals_need_the_status_and_a_reason() -> None:
     assert refusal_problems(400, {}, expected=(400,)) == ["the refusal does not say why"]
     assert error_message({"detail": "fastapi's own"}) == "fastapi's own"
     assert error_message("text") == ""
+
+
+VLLM_LIMIT = "At most 1 image(s) may be provided in one prompt. Set `--limit-mm-per-prompt` to increase this limit."
+
+
+@pytest.mark.parametrize(
+    ("message", "passes"),
+    [
+        (VLLM_LIMIT, True),
+        ("You set image=1 in `--limit-mm-per-prompt`, but passed 2 image items in the same prompt.", True),
+        ("tiny is not a multimodal model (error 1)", False),
+        ("The prompt of 2100 tokens exceeds 2048.", False),
+        ("image 11 of 12 is broken", False),
+    ],
+)
+def test_a_refused_image_must_be_one_too_many(message: str, passes: bool) -> None:
+    assert (image_limit_problems(400, {"error": {"message": message}}, limit=1) == []) is passes
+    assert image_limit_problems(200, {}, limit=1) == ["answered with 200, not 400 or 422"]
 
 
 def test_the_picture_is_a_red_png() -> None:
