@@ -33,7 +33,15 @@ from rollout.curve import TARGET_UTILISATION
 from rollout.errors import BadInput
 from rollout.fit import DEFAULT_BOOT_DISK_GIB, check_ephemeral_storage
 from rollout.model_facts import ModelFacts
-from rollout.objects import BOOT_DISK_CACHE_LIMIT_BYTES, RAM_CACHE, STARTUP_PERIOD_S, port_forward_line
+from rollout.objects import (
+    BOOT_DISK_CACHE_LIMIT_BYTES,
+    INSTANCE_LABEL,
+    MANAGED_BY_LABEL,
+    MANAGER,
+    RAM_CACHE,
+    STARTUP_PERIOD_S,
+    port_forward_line,
+)
 from rollout.preflight import Check, CheckState, failed, ok
 from rollout.profiles import CHATBOT, Profile, Targets, use_case_named
 from rollout.rendering import KubernetesObject, read_manifests, render
@@ -584,7 +592,7 @@ def _values(
         "name": serving.name,
         "namespace": request.namespace,
         "service_name": serving.service_name,
-        "labels": {"app": serving.app, "app.kubernetes.io/managed-by": "llm-rollout"},
+        "labels": {"app": serving.app, MANAGED_BY_LABEL: MANAGER, INSTANCE_LABEL: serving.name},
         "app": serving.app,
         "model_label": serving.model_label,
         "provenance": {"llm-rollout.dev/model": request.model},

@@ -10,11 +10,16 @@ from prefect.blocks.system import Secret
 from rollout.errors import BadInput
 from rollout.target import Target
 
+HUGGING_FACE = "https://huggingface.co"
+
 
 def hub_token(target: Target) -> str | None:
-    """The Hugging Face token of `target`: its Secret block, else `$HF_TOKEN`, else None (public models)."""
+    """The token for the target's hub: its Secret block, else `$HF_TOKEN`, else None (public models).
+
+    The environment's token belongs to Hugging Face: a mirror or a stand-in never sees it unless the target names it.
+    """
     if target.hub_token_secret is None:
-        return os.environ.get("HF_TOKEN") or None
+        return os.environ.get("HF_TOKEN") or None if target.hub_endpoint.rstrip("/") == HUGGING_FACE else None
     return secret_of(target.hub_token_secret, where=f"target {target.name}, hub_token_secret")
 
 

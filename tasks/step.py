@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
 
+import httpx
 from prefect import get_run_logger, task
 from prefect.artifacts import (
     create_image_artifact,
@@ -21,6 +23,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture
 from prefect.runtime import task_run
 from prefect.states import State
@@ -41,6 +44,15 @@ _started: dict[str, datetime] = {}
 """When a task run's first attempt began: later than it was submitted, if it had to wait for others."""
 
 
+@contextmanager
+def told_at_best(what: str) -> Iterator[None]:
+    """Go on when the Prefect server does not take what is only shown: a transfer of hours must not end by it."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        get_run_logger().warning("%s could not be shown: %s: %s", what, type(error).__name__, error)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """What a step shows in the Prefect UI: a markdown text, a table of rows, or a picture."""
@@ -53,6 +65,11 @@ class Artifact:
     png: bytes | None = None
 
     def publish(self) -> None:
+        """Show it. A Prefect server that does not answer costs the picture, not the work that it is of."""
+        with told_at_best(self.key):
+            self._publish()
+
+    def _publish(self) -> None:
         if self.table is not None:
             create_table_artifact(table=self.table, key=self.key, description=self.description)
         if self.markdown is not None:
@@ -65,14 +82,20 @@ class ProgressBar:
     """A progress artifact of long work. Updates closer than `every_s` are dropped: each costs a request."""
 
     def __init__(self, key: str, description: str, *, every_s: float = 1.0) -> None:
-        self._id = cast(UUID, create_progress_artifact(0.0, key=key, description=description))
+        self._key = key
         self._every_s = every_s
         self._updated = time.monotonic()
+        self._id: UUID | None = None
+        with told_at_best(key):
+            self._id = cast(UUID, create_progress_artifact(0.0, key=key, description=description))
 
-    def update(self, percent: float) -> None:
-        if time.monotonic() - self._updated >= self._every_s or percent >= 100:
-            self._updated = time.monotonic()
-            update_progress_artifact(self._id, min(100.0, percent))
+    def update(self, percent: float, description: str | None = None) -> None:
+        """`description`: what a bar cannot say, e.g. bytes, rate and time left; None leaves it as it is."""
+        if self._id is None or (time.monotonic() - self._updated < self._every_s and percent < 100):
+            return
+        self._updated = time.monotonic()
+        with told_at_best(self._key):
+            update_progress_artifact(self._id, min(100.0, percent), description)
 
 
 @dataclass(frozen=True)

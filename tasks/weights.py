@@ -40,19 +40,14 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
 
     def show(progress: Progress) -> None:
         nonlocal tenths
-        bar.update(progress.share * 100)
+        left = f"{progress.seconds_left:.0f} s left" if progress.seconds_left is not None else "starting"
+        amount = f"{progress.share:.0%} of {progress.bytes_total / 1e9:.2f} GB, {progress.bytes_per_s / 1e6:.0f} MB/s"
+        bar.update(progress.share * 100, f"Weights of {title}: {amount}, {left}")
         if progress.seconds_left is not None:
             _seconds_left[uri] = progress.seconds_left
         if int(progress.share * 10) > tenths:
             tenths = int(progress.share * 10)
-            left = f"{progress.seconds_left:.0f} s left" if progress.seconds_left is not None else "starting"
-            logger.info(
-                "%d %% of %.2f GB, %.0f MB/s, %s",
-                tenths * 10,
-                progress.bytes_total / 1e9,
-                progress.bytes_per_s / 1e6,
-                left,
-            )
+            logger.info("%s, %s", amount, left)
 
     _ended.discard(uri)
     _seconds_left.pop(uri, None)

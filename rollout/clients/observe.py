@@ -28,9 +28,9 @@ from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import read_provenance
 from rollout.delivery import DeliveryStrategy
-from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
+from rollout.errors import ApiDisabled, CheckpointInvalid, PermissionMissing, RolloutError, TransientError
 from rollout.fit import check_context_window, check_ephemeral_storage, check_memory
-from rollout.layout import CHAT_TEMPLATES, CONFIG, TOKENIZER_CONFIG
+from rollout.layout import CHAT_TEMPLATES, CONFIG, INDEX, TOKENIZER_CONFIG
 from rollout.ledger import standing
 from rollout.model import PinnedModel
 from rollout.objects import WeightsSource, uses_compute_class
@@ -47,8 +47,8 @@ from rollout.target import ClusterMode, IdentityMode, NodePool, Target
 WEIGHTS_SOURCE = WeightsSource.BUCKET
 """Where the pods of a rollout load from: what it has put there itself, and proven."""
 
-_CONFIG_LIMIT_BYTES = 4 * 2**20
-"""A config.json has a few kilobytes."""
+_DOCUMENT_LIMIT_BYTES = 64 * 2**20
+"""A config.json has a few kilobytes; the index of a trillion parameters in 10,000 shards some megabytes."""
 
 LOOK_ATTEMPTS = 3
 """Somebody waits for the plan: an API server that does not answer within seconds is a finding, not a reason to wait."""
@@ -418,11 +418,30 @@ def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hu
     config = read_document(model, CONFIG, observer.target, hub_token)
     observer.found["checkpoint_config"] = config
     observer.found["has_chat_template"] = has_chat_template(model, serving, observer.target, hub_token)
+    observer.checks.append(_check_checkpoint(model, observer.target, hub_token))
     observer.checks.append(check_memory(weights_bytes, config, serving, accelerator(serving.accelerator.type)))
     observer.checks.append(check_context_window(config, serving))
     observer.checks.append(
         check_ephemeral_storage(weights_bytes, serving, cached_on_disk=caches_on_disk(serving, WEIGHTS_SOURCE))
     )
+
+
+def _check_checkpoint(model: PinnedModel, target: Target, hub_token: str | None) -> Check:
+    """Every shard that the index names is among the files to transfer: found before a byte moves."""
+    name = "checkpoint"
+    sizes = {file.path: file.size_bytes for file in model.files}
+    if INDEX not in sizes:
+        return preflight.ok(name, "one file of weights, without an index")
+    shards = set(read_document(model, INDEX, target, hub_token).get("weight_map", {}).values())
+    missing = sorted(shards - sizes.keys())
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        return preflight.failed(
+            name,
+            f"{INDEX} names {', '.join(missing[:3])}{more}, and {model.repo_id}@{model.short_sha} does not hold them",
+            "Take a revision with the whole checkpoint, or correct transfer.include and transfer.exclude.",
+        )
+    return preflight.ok(name, f"all {len(shards)} shards of the index are there")
 
 
 def caches_on_disk(serving: ServingSpec, source: WeightsSource) -> bool:
@@ -442,10 +461,19 @@ def has_chat_template(model: PinnedModel, serving: ServingSpec, target: Target, 
 
 
 def read_document(model: PinnedModel, path: str, target: Target, hub_token: str | None) -> Mapping[str, Any]:
-    """A JSON file of the model, from the hub at the pinned commit."""
-    file = next(file for file in model.files if file.path == path)
-    content = bytearray(min(file.size_bytes, _CONFIG_LIMIT_BYTES))
+    """A JSON object of the model, from the hub at the pinned commit. Raises CheckpointInvalid if there is none."""
+    where = f"{model.repo_id}@{model.short_sha}/{path}"
+    mend = "Take a revision with the whole checkpoint in Hugging Face's format, or correct transfer.include."
+    file = next((file for file in model.files if file.path == path), None)
+    if file is None:
+        raise CheckpointInvalid(f"the checkpoint has no {path}.", where=where, resolution=mend)
+    content = bytearray(min(file.size_bytes, _DOCUMENT_LIMIT_BYTES))
     for _ in HubClient(target.hub_endpoint, hub_token).open(model, file).read(0, memoryview(content)):
         pass
-    document: dict[str, Any] = json.loads(content)
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise CheckpointInvalid(f"{path} is not JSON: {error}.", where=where, resolution=mend) from error
+    if not isinstance(document, dict):
+        raise CheckpointInvalid(f"{path} holds no JSON object.", where=where, resolution=mend)
     return document

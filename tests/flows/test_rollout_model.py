@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -227,14 +228,27 @@ def test_a_gated_repository_says_where_to_accept_the_licence(stage: Stage) -> No
     nothing_was_made(stage)
 
 
-def test_a_checkpoint_without_a_shard_is_refused(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda folder: remove_shard(folder), "model.safetensors.index.json names"),
+        (lambda folder: (folder / "config.json").write_text("{broken"), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),
+    ],
+    ids=["a shard is missing", "config.json is broken", "config.json is a list"],
+)
+def test_a_broken_checkpoint_is_refused_before_anything_is_made(
+    stage: Stage, break_it: Callable[[Path], object], said: str
+) -> None:
     folder = tiny_model(stage.folder / "broken")
-    missing = remove_shard(folder)
-    HubStore(stage.cloud.hub_root).publish("tests/broken", folder)
-    stage.model_file.write_text(stage.model_file.read_text().replace("tests/tiny-model", "tests/broken"))
-    with pytest.raises(BadInput, match=missing):
-        rollout_model(stage.request(teardown=Teardown.ON_FAILURE))
+    break_it(folder)
+    repo = f"tests/broken-{stage.target.name}"
+    HubStore(stage.cloud.hub_root).publish(repo, folder)
+    stage.model_file.write_text(stage.model_file.read_text().replace("tests/tiny-model", repo))
+    with pytest.raises(BadInput, match=said):
+        rollout_model(stage.request())
     nothing_was_made(stage)
+    assert not StorageClient(stage.target).bucket_exists()
 
 
 def test_a_name_that_kubernetes_refuses_is_refused_before_it_is_asked(stage: Stage) -> None:

@@ -31,6 +31,7 @@ from rollout.clients.cluster_api import ClusterApi
 from rollout.errors import BadInput
 from rollout.fit import memory_fit, model_shape
 from rollout.model_facts import MODELS, ModelFacts, known_model
+from rollout.objects import removable
 from rollout.optimize import (
     HF_SECRET,
     INFERENCE_EXTENSION_VERSION,
@@ -122,6 +123,14 @@ CASES: dict[str, dict[str, Any]] = {
         **{"model_bucket_uri": "gs://my-bucket/google/gemma-4-31B-it/main", "service_account": "gemma-ksa"},
     },
 }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_teardown_of_another_model_leaves_what_was_generated(case: str) -> None:
+    generated = generate(**CASES[case])
+    assert removable(generated.objects, "another-model") == ()
+    going = removable(generated.objects, generated.serving.name)
+    assert {each["kind"] for each in going} >= {"Deployment", "Service"}
 
 
 @pytest.mark.parametrize("case", CASES)
