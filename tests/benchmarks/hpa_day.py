@@ -1,6 +1,6 @@
 """A day of bursts on replicas that take minutes to start: which autoscaling rule holds the objective, at what cost?
 
-    python tests/benchmarks/hpa_day.py            # about five minutes; writes docs/benchmarks/autoscaling.md and .png
+    python tests/benchmarks/hpa_day.py            # about ten minutes; writes docs/benchmarks/autoscaling.md and .png
 
 Simulated: the engine's own latency model (`sandbox.engine.latency`, Gemma 4 31B on one H100) for every replica, at half
 a second: running requests share the engine's steps, prefill takes its time from decoding, what does not fit into
@@ -23,7 +23,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,15 @@ MOST_REPLICAS = 12
 SEQS = 128
 LATENCY = PRESETS["h100-gemma4-31b"].latency
 TTFT_MS, NTPOT_MS = 2000.0, 60.0
-"""The objective: both, for 95 % of the requests. 60 ms per token is faster than people read."""
+"""The objective: both, for `OBJECTIVE_SHARE` of the requests. 60 ms per token is faster than people read."""
 USD_PER_GPU_HOUR = 11.06
+OURS = "ours"
+SPARE = 2
+"""Replicas that never leave: the night's load needs one, the other is there when a burst comes."""
+WIDE = 0.65
+"""Of the requests in flight at the target: a third is the buffer, instead of `TARGET_UTILISATION`'s fifth. Chosen on
+this very day, among 0.5, 0.65 and 0.8: another day's load wants its own."""
+OBJECTIVE_SHARE = 0.95
 OUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
@@ -71,14 +78,7 @@ def rate_at(times: np.ndarray, peak_per_s: float) -> np.ndarray:
     """Requests/s: a night, a working day with its lunch, an evening, and six bursts of ten to thirty minutes."""
     hours = times / 3600
     day = 0.12 + 0.55 * np.exp(-(((hours - 11) / 2.6) ** 2)) + 0.6 * np.exp(-(((hours - 16) / 2.8) ** 2))
-    for start, minutes, height in (
-        (3, 20, 0.25),
-        (8.2, 15, 0.4),
-        (10.5, 10, 0.5),
-        (13.1, 30, 0.4),
-        (17, 12, 0.5),
-        (21, 25, 0.45),
-    ):
+    for start, minutes, height in BURSTS:
         inside = np.clip((hours - start) * 60, 0, None)
         # Two minutes up, a plateau, two minutes down.
         day += height * np.clip(np.minimum(inside / 2, (minutes - inside) / 2), 0, 1)
@@ -422,19 +422,24 @@ def arms(profile: Profile, load: Load, peak: float) -> list[Arm]:
     assert at.requests_per_s is not None
     mean = len(load.at_s) / DAY_S
     by_mean, by_peak = (max(1, math.ceil(rate / (0.8 * at.requests_per_s))) for rate in (mean, peak))
-    google = Autoscaler(running_requests, bare.threshold)
-    measured = Autoscaler(
-        running_requests,
-        ours.threshold,
-        down_window_s=ours.scale_down_window_s,
-        up_pods=2,
-        up_period_s=60,
-        down_pods=1,
-        down_period_s=120,
-    )
-    earlier = autoscaling_for(profile, targets, startup_s=START_S, utilisation=0.5)
+    earlier = autoscaling_for(profile, targets, startup_s=START_S, utilisation=WIDE)
+
+    def paced(threshold: int, at_least: int = 1) -> Autoscaler:
+        """At the pace of `manifests/horizontal-pod-autoscaler.yaml`."""
+        return Autoscaler(
+            running_requests,
+            threshold,
+            down_window_s=ours.scale_down_window_s,
+            up_pods=2,
+            up_period_s=60,
+            down_pods=1,
+            down_period_s=120,
+            at_least=at_least,
+        )
+
     return [
         Arm(f"fixed, {by_mean}", "sized for the day's mean", fixed(by_mean), by_mean),
+        *(Arm(f"fixed, {each}", "in between", fixed(each), each) for each in range(by_mean + 1, by_peak)),
         Arm(f"fixed, {by_peak}", "sized for the highest burst", fixed(by_peak), by_peak),
         Arm("HPA on CPU", "60 % of the CPU request, HPA's default pace", Autoscaler(cpu_share, 0.6), 1),
         Arm(
@@ -446,13 +451,23 @@ def arms(profile: Profile, load: Load, peak: float) -> list[Arm]:
         Arm(
             "HPA on the queue", "5 waiting requests per replica, HPA's default pace", Autoscaler(waiting_requests, 5), 1
         ),
-        Arm("P50 rule", f"{bare.threshold} in flight, HPA's default pace", google, 1),
-        Arm("ours", f"{ours.threshold} in flight, the manifest's pace", measured, 1),
         Arm(
-            "ours, wider buffer",
-            f"{earlier.threshold} in flight, the manifest's pace",
-            replace(measured, threshold=earlier.threshold, _recommended=deque(), _changes=deque()),
+            "P50 rule",
+            f"{bare.threshold} in flight, HPA's default pace",
+            Autoscaler(running_requests, bare.threshold),
             1,
+        ),
+        Arm("P50 rule, our pace", f"{bare.threshold} in flight, the manifest's pace", paced(bare.threshold), 1),
+        Arm(OURS, f"{ours.threshold} in flight, the manifest's pace", paced(ours.threshold), 1),
+        Arm(f"{OURS}, one spare", f"the same, never fewer than {SPARE}", paced(ours.threshold, SPARE), SPARE),
+        Arm(
+            f"{OURS}, wider buffer", f"{earlier.threshold} in flight, the manifest's pace", paced(earlier.threshold), 1
+        ),
+        Arm(
+            f"{OURS}, both",
+            f"{earlier.threshold} in flight, the manifest's pace, never fewer than {SPARE}",
+            paced(earlier.threshold, SPARE),
+            SPARE,
         ),
     ]
 
@@ -491,6 +506,7 @@ def main() -> int:
 
 def report(rows: list[tuple[Arm, Results]], load: Load, peak: float, checked: str, profile: Profile) -> str:
     ceiling = max(point.running_requests or 0.0 for point in profile.points)
+    attained = {arm.name: results.attainment() for arm, results in rows}
     lines = [
         "# Autoscaling: a day of bursts",
         "",
@@ -516,9 +532,13 @@ def report(rows: list[tuple[Arm, Results]], load: Load, peak: float, checked: st
         "",
         "![Replicas over the day](autoscaling.png)",
         "",
+        *verdict(rows),
+        "",
         "The P50 rule is the quickstart's: the threshold is where the curve's median meets the target, here without a"
         " buffer, since Google does not publish the size of its own. Ours is the same point with the buffer of"
-        " `rollout.curve.TARGET_UTILISATION`, and the pace of `manifests/horizontal-pod-autoscaler.yaml`.",
+        " `rollout.curve.TARGET_UTILISATION`, and the pace of `manifests/horizontal-pod-autoscaler.yaml`. At our pace"
+        f" the P50 rule is within the limits for {attained['P50 rule, our pace']:.1%}, at HPA's own for"
+        f" {attained['P50 rule']:.1%}: the buffer makes the difference, not the pace.",
         "",
         f"A saturated replica has about {ceiling:.0f} requests in flight and never more. A threshold within HPA's"
         " tolerance of 10 % of that asks for a second replica only when the metric touches its ceiling: so a threshold"
@@ -539,6 +559,29 @@ def report(rows: list[tuple[Arm, Results]], load: Load, peak: float, checked: st
         )
     lines += ["", f"The half-second model beside the discrete-event simulator, median NTPOT: {checked}.", ""]
     return "\n".join(lines)
+
+
+def verdict(rows: list[tuple[Arm, Results]]) -> list[str]:
+    """Which rules hold the objective, ours by name, and what holding it costs."""
+    by_name = {arm.name: results for arm, results in rows}
+    ours = by_name[OURS]
+    holding = {name: each for name, each in by_name.items() if each.attainment() >= OBJECTIVE_SHARE}
+    word = "holds" if OURS in holding else "does not hold"
+    lines = [
+        f"**Our rule by itself {word} the objective**: {ours.attainment():.1%} of the requests are within the limits,"
+        f" and {OBJECTIVE_SHARE:.0%} should be, for {ours.gpu_s / 3600:.0f} GPU-hours."
+    ]
+    if OURS in holding or not holding:
+        return lines
+    name, cheapest = min(holding.items(), key=lambda item: item[1].gpu_s)
+    more = cheapest.gpu_s / ours.gpu_s - 1
+    return [
+        *lines,
+        f"The cheapest rule here that does is *{name}*: {cheapest.attainment():.1%} for"
+        f" {cheapest.gpu_s / 3600:.0f} GPU-hours, {more:.0%} more. A spare replica and a wider buffer are asked for by"
+        f" `manifests create --min-replicas {SPARE} --utilisation {WIDE}`; {WIDE} was chosen on this very day, among"
+        f" 0.5, {WIDE} and 0.8.",
+    ]
 
 
 def picture(rows: list[tuple[Arm, Results]], peak_per_s: float, seconds: float) -> bytes:
