@@ -247,7 +247,7 @@ def abandoned(
             newest[report.plan.serving.name] = report
     found: dict[str, Abandoned] = {}
     for instance, report in newest.items():
-        why = _reason(report)
+        why = _reason(report) or _expiry(report, now)
         if why is not None and report.run_id not in busy and now - _ended_at(report) >= grace:
             found[instance] = Abandoned(instance=instance, why=why, run_id=report.run_id)
     for instance, revisions in _by_instance(manifests).items():
@@ -316,6 +316,15 @@ def _reason(report: RolloutReport) -> Leftover | None:
     failed = report.verdict in (Verdict.RUNNING, Verdict.FAILED, Verdict.OBJECTIVES_MISSED)
     dead = policy is Teardown.ALWAYS or (policy is Teardown.ON_FAILURE and failed)
     return Leftover.DEAD_TRIAL if dead and report.verdict is not Verdict.NOT_APPROVED else None
+
+
+def _expiry(report: RolloutReport, now: datetime) -> Leftover | None:
+    """Whether the policy of the newest rollout says that its server's time is over."""
+    plan = report.plan
+    if plan is None or plan.policy.expires_after_s is None or plan.live_before is not None or not applied(report):
+        return None
+    over = report.teardown is None and now > report.started_at + timedelta(seconds=plan.policy.expires_after_s)
+    return Leftover.EXPIRED if over else None
 
 
 def _is_past(expiry: str, now: datetime) -> bool:

@@ -104,6 +104,14 @@ class RolloutPolicy(Value):
         json_schema_extra={"position": 10},
     )
 
+    expires_after_s: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        title="Expires after (s)",
+        description="The janitor tears the model server down so long after its newest rollout began; empty: it stays."
+        " For demonstrations and experiments that somebody forgets.",
+        json_schema_extra={"position": 11},
+    )
+
     @model_validator(mode="after")
     def _autoscaling_in_place(self) -> RolloutPolicy:
         if self.autoscaling is not None and self.delivery.by_revisions:

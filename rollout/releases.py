@@ -27,8 +27,8 @@ from rollout.request import PresetName
 from rollout.values import CommitSha, RepoId, Value
 
 RELEASE_EVENT = "llm-rollout.release"
-STATE_OBJECT = ".llm-rollout/releases.json"
-"""Where a target's bucket keeps the state."""
+STATE_PREFIX = ".llm-rollout/releases/"
+"""Where a bucket keeps the state of each target, as TARGET.json: targets that share it follow models of their own."""
 
 _EVENT_NAMESPACE = uuid.UUID("6f1d3a4e-9a3b-5c62-8f3e-1c9f0a7d2b54")
 """Arbitrary, and the same for ever: event ids follow from what they announce."""

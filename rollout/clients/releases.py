@@ -9,7 +9,7 @@ from rollout.clients.hub import METADATA_ATTEMPTS, HubClient
 from rollout.clients.retrying import TRANSIENT_STATUSES, transient, with_retries
 from rollout.clients.storage import StorageClient
 from rollout.model import ModelRef
-from rollout.releases import STATE_OBJECT, WatchState
+from rollout.releases import STATE_PREFIX, WatchState
 from rollout.target import Target
 
 _NOT_MODIFIED = 304
@@ -41,17 +41,18 @@ class WatchStore:
 
     def __init__(self, target: Target) -> None:
         self._storage = StorageClient(target)
+        self._name = f"{STATE_PREFIX}{target.name}.json"
         self._generation = 0
 
     def read(self) -> WatchState:
         """The state; empty at the first look."""
-        found = self._storage.read_json(STATE_OBJECT)
+        found = self._storage.read_json(self._name)
         if found is None:
             return WatchState()
         document, self._generation = found
-        return validated(WatchState, document, where=f"gs://{self._storage.bucket_name}/{STATE_OBJECT}")
+        return validated(WatchState, document, where=f"gs://{self._storage.bucket_name}/{self._name}")
 
     def write(self, state: WatchState) -> None:
         """Keep the state. Raises AnotherWriter if another watcher has written since `read`, and BucketNotFound."""
         document = state.model_dump(mode="json")
-        self._generation = self._storage.write_json(STATE_OBJECT, document, if_generation=self._generation)
+        self._generation = self._storage.write_json(self._name, document, if_generation=self._generation)

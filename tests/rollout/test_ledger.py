@@ -237,5 +237,28 @@ def test_a_dead_run_over_a_live_version_is_half_done_and_never_abandoned() -> No
     assert abandoned(history, [deployment("a")], [], LATER) == ()
 
 
+def expiring(day: int, commit: str, after: timedelta, over: LiveVersion | None = None) -> RolloutReport:
+    report = record(day, commit, over=over)
+    assert report.plan is not None
+    policy = report.plan.policy.model_copy(update={"expires_after_s": after.total_seconds()})
+    return report.model_copy(update={"plan": report.plan.model_copy(update={"policy": policy})})
+
+
+@pytest.mark.parametrize(
+    ("records", "gone"),
+    [
+        ([expiring(0, "a", timedelta(days=1))], True),
+        ([expiring(0, "a", timedelta(days=30))], False),
+        ([expiring(0, "a", timedelta(days=1)), expiring(4, "a", timedelta(days=2))], False),
+        ([expiring(0, "a", timedelta(days=1)), removal(1)], False),
+        ([record(0, "a"), expiring(1, "b", timedelta(days=1), over=LIVE)], False),
+    ],
+    ids=["past", "not yet", "renewed by a rollout", "torn down", "over a version that stays"],
+)
+def test_a_policy_may_end_a_server_after_a_time(records: list[RolloutReport], gone: bool) -> None:
+    found = abandoned(records, [deployment("a")], [], LATER)
+    assert [each.why for each in found] == ([Leftover.EXPIRED] if gone else [])
+
+
 def test_a_dead_first_rollout_is_not_half_done() -> None:
     assert half_done([record(0, "a", Verdict.RUNNING)], [], LATER) == ()
