@@ -6,19 +6,19 @@ rendered here. Heavy imports wait until a command runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from rollout.sources import Generator, SourceName
+
 if TYPE_CHECKING:
-    from rollout.cost import PricingModel
     from rollout.model_facts import ModelFacts
-    from rollout.optimize import GeneratedManifests, ManifestRequest, Output
+    from rollout.optimize import GeneratedManifests, ManifestRequest
     from rollout.profiles import Profile, ProfileQuery, ProfileSource, Targets
-    from rollout.recommend import PriceOf
     from rollout.target import Target
 
 EnumT = TypeVar("EnumT", bound=StrEnum)
@@ -47,24 +47,6 @@ for _name, _group in (
     ("dashboards", dashboards_app),
 ):
     profiles_app.add_typer(_group, name=_name)
-
-
-class SourceName(StrEnum):
-    """Where profiles may come from."""
-
-    HISTORY = "history"
-    """Records and curves in a local folder."""
-    BUCKET = "bucket"
-    """Records and curves in the target's bucket."""
-    GOOGLE = "google"
-    """GKE Inference Quickstart."""
-
-
-class Generator(StrEnum):
-    """Who renders manifests."""
-
-    LOCAL = "local"
-    GOOGLE = "google"
 
 
 TargetOption = Annotated[
@@ -321,10 +303,10 @@ def recommend(
     output_format: FormatOption = "table",
 ) -> None:
     """Rank the profiles that meet the requirements, with replicas, cost and headroom; say why the others lost."""
+    from rollout.clients.quickstart import recommendation
     from rollout.profile_formats import format_named, pricing_named, render_recommendation
-    from rollout.profiles import ProfileQuery, ask
+    from rollout.profiles import ProfileQuery
     from rollout.recommend import Requirements
-    from rollout.recommend import recommend as rank
 
     pricing = pricing_named(pricing_model)
     where, stated = _target(target), _stated_prices(usd_per_accelerator_hour)
@@ -347,9 +329,9 @@ def recommend(
         pricing_model=pricing,
         output_to_input_ratio=output_input_cost_ratio,
     )
-    answer = ask(_sources(target, source, file, history, query), query)
-    found = rank(answer.profiles, requirements, _price_of(where, requirements.region, pricing, stated))
-    _print_notes((*answer.notes, *found.all_notes))
+    sources = _sources(target, source, file, history, query)
+    found, notes = recommendation(where, requirements, sources, query)
+    _print_notes(notes)
     typer.echo(render_recommendation(found, format_named(output_format)), nl=False)
 
 
@@ -409,6 +391,7 @@ def create_manifests(
 ) -> None:
     """Deployment, Service, PodMonitoring; with a latency target an autoscaler, with a bucket the fastest loading."""
     from rollout.catalog import validated
+    from rollout.clients.quickstart import curve_of, manifests_by_google
     from rollout.optimize import LATEST_VERSION, ManifestRequest, Output, request_sizing
     from rollout.profiles import ProfileQuery
 
@@ -444,7 +427,7 @@ def create_manifests(
     wanted = _choice(Output, output, "--output")
     if generator is Generator.GOOGLE:
         _refuse_what_google_would_ignore(context)
-        text = _by_google(request, where, model_server_version or "", wanted)
+        text = manifests_by_google(request, where, model_server_version or "", wanted)
     else:
         facts = _facts(model, config, weights_gib, where, from_hub=from_hub)
         curve = None
@@ -456,7 +439,8 @@ def create_manifests(
                 accelerator=accelerator_type,
                 accelerator_count=request_sizing(request, facts).accelerator_count,
             )
-            curve = _curve(_sources(target, source, file, history, query), query, use_case)
+            curve, notes = curve_of(_sources(target, source, file, history, query), query, use_case)
+            _print_notes(notes)
         text = _rendered_here(request, facts, curve).text(wanted)
     if output_path is None:
         typer.echo(text, nl=False)
@@ -493,29 +477,12 @@ def _sources(
     history: Path,
     query: ProfileQuery | None = None,
 ) -> list[ProfileSource]:
-    from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
-    from rollout.errors import BadInput
+    from rollout.clients.quickstart import sources_of
     from rollout.profiles import ProfileQuery
 
-    query = query or ProfileQuery()
     where = _target(target)
-    if not names:
-        names = [SourceName.HISTORY] if where is None else [SourceName.HISTORY, SourceName.GOOGLE]
-    sources: list[ProfileSource] = [benchmark_file(path, query) for path in files or ()]
-    for name in names:
-        if name is SourceName.HISTORY:
-            sources.append(local_history(history, query, region=where.region if where else None))
-        elif where is None:
-            raise BadInput(
-                f"the source {name.value} belongs to a target.", where="--source", resolution="Give --target."
-            )
-        elif name is SourceName.BUCKET:
-            sources.append(BucketSource(where, query))
-        else:
-            from rollout.clients.recommender import Recommender
-
-            sources.append(Recommender(where))
-    return sources
+    chosen = names or ([SourceName.HISTORY] if where is None else [SourceName.HISTORY, SourceName.GOOGLE])
+    return sources_of(where, chosen, query or ProfileQuery(), files=files or (), history=history)
 
 
 def _target(name: str | None) -> Target | None:
@@ -565,17 +532,6 @@ def _choice(kind: type[EnumT], name: str, flag: str) -> EnumT:
         raise BadInput(f"there is no {name!r}.", where=flag, resolution=f"Known are {', '.join(kind)}.") from None
 
 
-def _price_of(target: Target | None, region: str | None, pricing: PricingModel, stated: Mapping[str, float]) -> PriceOf:
-    from rollout.cost import Price, find_price
-
-    own = target.gpu_usd_per_hour if target else None
-
-    def price_of(profile: Profile) -> Price | None:
-        return find_price(profile.accelerator, region, pricing, own_usd_per_gpu_hour=own, stated=stated)
-
-    return price_of
-
-
 def _stated_prices(given: Sequence[str] | None) -> dict[str, float]:
     import re
 
@@ -620,16 +576,6 @@ def _facts(
     return validated(ModelFacts, stated, where=str(config))
 
 
-def _curve(sources: Sequence[ProfileSource], query: ProfileQuery, use_case: str) -> Profile | None:
-    """The youngest measured curve of such a replica, else the catalogue's with the most load points."""
-    from rollout.profiles import ask, best_curve, select, use_case_named
-
-    found = select(ask(sources, query, every_point=True), query, every_point=True)
-    _print_notes(found.notes)
-    profiles = [row.profile for row in found.rows]
-    return best_curve(profiles, accelerator_count=query.accelerator_count, use_case=use_case_named(use_case).name)
-
-
 def _rendered_here(request: ManifestRequest, facts: ModelFacts, curve: Profile | None) -> GeneratedManifests:
     from rollout.optimize import generate_manifests
     from rollout.report import utc_now
@@ -665,23 +611,3 @@ def _refuse_what_google_would_ignore(context: typer.Context) -> None:
 def _is_typed(context: typer.Context, option: str) -> bool:
     source = context.get_parameter_source(option)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def _by_google(request: ManifestRequest, target: Target | None, version: str, output: Output) -> str:
-    from rollout.clients.recommender import Recommender
-    from rollout.errors import BadInput
-    from rollout.optimize import Output as Part
-
-    if target is None:
-        raise BadInput("Google's generator belongs to a target.", where="--generator", resolution="Give --target.")
-    found = Recommender(target).manifests(
-        model=request.model,
-        model_server=request.model_server,
-        model_server_version=version,
-        accelerator=request.accelerator_type,
-        namespace=request.namespace,
-        targets=request.targets,
-        model_bucket_uri=request.model_bucket_uri,
-    )
-    documents, comments = found.documents_text(), found.comments_text()
-    return {Part.MANIFEST: documents, Part.COMMENTS: comments, Part.ALL: documents + comments}[output]

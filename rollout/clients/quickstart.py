@@ -1,0 +1,92 @@
+"""What GKE Inference Quickstart does, over its data and ours: for the command line and for flows alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
+from rollout.clients.recommender import Recommender
+from rollout.cost import Price, PricingModel, find_price
+from rollout.errors import BadInput
+from rollout.optimize import ManifestRequest, Output
+from rollout.profiles import Profile, ProfileQuery, ProfileSource, ask, best_curve, select, use_case_named
+from rollout.recommend import PriceOf, Recommendation, Requirements, recommend
+from rollout.sources import SourceName
+from rollout.target import Target
+
+
+def sources_of(
+    target: Target | None,
+    names: Sequence[SourceName],
+    query: ProfileQuery,
+    *,
+    files: Sequence[Path] = (),
+    history: Path | None = None,
+) -> list[ProfileSource]:
+    """The sources of those names, files first. Raises BadInput for one that belongs to a target, without a target."""
+    sources: list[ProfileSource] = [benchmark_file(path, query) for path in files]
+    for name in names:
+        if name is SourceName.HISTORY:
+            if history is not None:
+                sources.append(local_history(history, query, region=target.region if target else None))
+        elif target is None:
+            raise BadInput(
+                f"the source {name.value} belongs to a target.", where="--source", resolution="Give --target."
+            )
+        else:
+            sources.append(BucketSource(target, query) if name is SourceName.BUCKET else Recommender(target))
+    return sources
+
+
+def price_lookup(
+    target: Target | None, region: str | None, pricing: PricingModel, stated: Mapping[str, float]
+) -> PriceOf:
+    """What an accelerator of a profile costs: as stated, as the target says, or by the table."""
+    own = target.gpu_usd_per_hour if target else None
+
+    def price_of(profile: Profile) -> Price | None:
+        return find_price(profile.accelerator, region, pricing, own_usd_per_gpu_hour=own, stated=stated)
+
+    return price_of
+
+
+def recommendation(
+    target: Target | None,
+    requirements: Requirements,
+    sources: Sequence[ProfileSource],
+    query: ProfileQuery,
+) -> tuple[Recommendation, tuple[str, ...]]:
+    """Options and losers, and every note that belongs to them."""
+    answer = ask(sources, query)
+    stated = query.usd_per_accelerator_hour
+    price_of = price_lookup(target, requirements.region, requirements.pricing_model, stated)
+    found = recommend(answer.profiles, requirements, price_of)
+    return found, (*answer.notes, *found.all_notes)
+
+
+def curve_of(
+    sources: Sequence[ProfileSource], query: ProfileQuery, use_case: str
+) -> tuple[Profile | None, tuple[str, ...]]:
+    """The youngest measured curve of such a replica, else the catalogue's with the most load points; and the notes."""
+    found = select(ask(sources, query, every_point=True), query, every_point=True)
+    profiles = [row.profile for row in found.rows]
+    named = use_case_named(use_case).name
+    return best_curve(profiles, accelerator_count=query.accelerator_count, use_case=named), found.notes
+
+
+def manifests_by_google(request: ManifestRequest, target: Target | None, version: str, output: Output) -> str:
+    """What Google's generator answers; its API has a field for each of these and no others."""
+    if target is None:
+        raise BadInput("Google's generator belongs to a target.", where="--generator", resolution="Give --target.")
+    found = Recommender(target).manifests(
+        model=request.model,
+        model_server=request.model_server,
+        model_server_version=version,
+        accelerator=request.accelerator_type,
+        namespace=request.namespace,
+        targets=request.targets,
+        model_bucket_uri=request.model_bucket_uri,
+    )
+    documents, comments = found.documents_text(), found.comments_text()
+    return {Output.MANIFEST: documents, Output.COMMENTS: comments, Output.ALL: documents + comments}[output]
