@@ -145,6 +145,9 @@ def teardown(
     run: Annotated[
         str | None, typer.Option(help="Beginning of the id of a rollout's run, as `history` shows it.")
     ] = None,
+    instance: Annotated[
+        str | None, typer.Option(help="Name of a Deployment of ours without a preset, e.g. of create-manifests.")
+    ] = None,
     delete_weights: Annotated[
         bool, typer.Option("--delete-weights", help="Weights and our bucket go as well.")
     ] = False,
@@ -154,7 +157,8 @@ def teardown(
     from rollout.policy import Weights
 
     weights = Weights.DELETE if delete_weights else Weights.KEEP
-    done = teardown_model(target, model=model, report_file=str(report) if report else None, weights=weights, run=run)
+    path = str(report) if report else None
+    done = teardown_model(target, model=model, report_file=path, weights=weights, run=run, instance=instance)
     assert done.teardown is not None
     for state, changes in (("removed", done.teardown.removed), ("kept", done.teardown.kept)):
         for change in changes:

@@ -26,6 +26,7 @@ def teardown_model(
     report_file: str | None = None,
     weights: Weights = Weights.KEEP,
     run: str | None = None,
+    instance: str | None = None,
 ) -> RolloutReport:
     """Remove a model server and everything that its rollouts made, and prove that nothing of it is left.
 
@@ -34,6 +35,7 @@ def teardown_model(
         model: Preset whose model server goes; not needed when a record says it.
         report_file: Record of the rollout; it is continued with the teardown. The bucket's records count in any case.
         weights: Whether the weights and a bucket of ours go as well.
+        instance: Name of a Deployment of ours that no preset and no record knows, e.g. of create-manifests.
         run: Beginning of the id of a rollout's run, also of one that was killed: the bucket's record says the rest.
     """
     where = load_target(target)
@@ -43,13 +45,13 @@ def teardown_model(
     plan = earlier.plan if earlier else None
     if model is not None:
         instance = load_model(model).serving.name
-    elif plan is not None:
+    elif instance is None and plan is not None:
         instance = plan.serving.name
-    else:
+    if instance is None:
         raise BadInput(
             "neither a model preset nor a record says what to tear down.",
             where="teardown",
-            resolution="Give --model, --run with the id of a rollout's run, or --report with its record.",
+            resolution="Give --model, --instance, --run with the id of a rollout's run, or --report with its record.",
         )
     with target_alone(where.name), recorded(where, report_file, earlier=earlier) as record:
         owned = earlier.created if earlier else frozenset()

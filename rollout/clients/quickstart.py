@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rollout.clients.cluster import ClusterClient
 from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
 from rollout.clients.recommender import Recommender
 from rollout.cost import Price, PricingModel, find_price
 from rollout.errors import BadInput
-from rollout.optimize import ManifestRequest, Output
+from rollout.model_facts import ModelFacts
+from rollout.objects import INSTANCE_LABEL, MANAGED_BY_LABEL, MANAGER
+from rollout.optimize import HF_SECRET, GeneratedManifests, ManifestRequest, Output, check_hub_secret
+from rollout.preflight import CheckState
 from rollout.profiles import Profile, ProfileQuery, ProfileSource, ask, best_curve, select, use_case_named
 from rollout.recommend import PriceOf, Recommendation, Requirements, recommend
+from rollout.rendering import read_manifests, render
+from rollout.report import Change
 from rollout.sources import SourceName
 from rollout.target import Target
 
@@ -90,3 +97,39 @@ def manifests_by_google(request: ManifestRequest, target: Target | None, version
     )
     documents, comments = found.documents_text(), found.comments_text()
     return {Output.MANIFEST: documents, Output.COMMENTS: comments, Output.ALL: documents + comments}[output]
+
+
+def ensure_namespace(cluster: ClusterClient, target: Target) -> tuple[Change, ...]:
+    """The target's namespace, made if it is not there."""
+    if cluster.namespace_exists(target.namespace):
+        return ()
+    labels = {MANAGED_BY_LABEL: MANAGER}
+    return cluster.apply(
+        render(read_manifests(["namespace.yaml"]), {"namespace": target.namespace, "shared_labels": labels})
+    )
+
+
+def ensure_hub_secret(
+    cluster: ClusterClient, generated: GeneratedManifests, facts: ModelFacts, token: str | None
+) -> tuple[Change, ...]:
+    """The Secret that the pods read the hub's token from, where there is a token and nobody has made it.
+
+    Raises BadInput for a gated model that would have none.
+    """
+    serving, namespace = generated.serving, generated.request.namespace
+    labels = {MANAGED_BY_LABEL: MANAGER, INSTANCE_LABEL: serving.name}
+    values = {
+        "hub_token_secret": HF_SECRET,
+        "namespace": namespace,
+        "labels": labels,
+        "hub_token_base64": base64.b64encode((token or "").encode()).decode(),
+    }
+    secret = render(read_manifests(["hf-token.yaml"]), values)[0]
+    exists = cluster.find(secret) is not None
+    if token and not exists:
+        return cluster.apply((secret,))
+    check = check_hub_secret(facts, exists=exists)
+    if check.state is CheckState.FAILED:
+        resolution = f"Name the token's Secret block in the target (hub_token_secret), or {check.resolution}"
+        raise BadInput(f"{check.why}.", where=namespace, resolution=resolution)
+    return ()

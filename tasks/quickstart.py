@@ -1,0 +1,155 @@
+"""GKE Inference Quickstart as steps: recommend, render, grant, apply, wait."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from rollout.catalog import explain
+from rollout.clients.cluster import ClusterClient
+from rollout.clients.gke import Gke
+from rollout.clients.hub_facts import facts_from_hub
+from rollout.clients.iam import BucketPolicy, ensure_binding
+from rollout.clients.projects import Projects
+from rollout.clients.quickstart import (
+    curve_of,
+    ensure_hub_secret,
+    ensure_namespace,
+    manifests_by_google,
+    recommendation,
+    sources_of,
+)
+from rollout.errors import BadInput
+from rollout.model_facts import MODELS, ModelFacts
+from rollout.optimize import LATEST_VERSION, GeneratedManifests, Output, generate_manifests, request_sizing, scale_steps
+from rollout.profile_formats import Format, render_recommendation
+from rollout.profiles import Profile, ProfileQuery
+from rollout.quickstart import ManifestsRequest, RecommendRequest
+from rollout.recommend import Recommendation
+from rollout.report import Action, Change, StepStatus, utc_now
+from rollout.show import table
+from rollout.sources import SourceName
+from rollout.target import ClusterMode, Target
+from tasks.credentials import hub_token
+from tasks.step import Artifact, Outcome, step
+
+
+@step("recommend")
+def recommend_options(request: RecommendRequest, target: Target) -> Outcome[Recommendation]:
+    """Rank what meets the requirements, with replicas, cost and headroom; say why the others lost."""
+    query = request.query
+    sources = sources_of(target, request.sources, query)
+    found, notes = recommendation(target, request.requirements(target), sources, query)
+    listed = "\n".join(f"- {note}" for note in notes)
+    text = render_recommendation(found, Format.TABLE) or "Nothing meets the requirements.\n"
+    best = found.best
+    return Outcome(
+        value=found,
+        summary=f"{len(found.options)} options, {len(found.losers)} profiles not chosen"
+        + (f"; best: {best.replicas} x {best.profile.accelerator_count} {best.profile.accelerator}" if best else ""),
+        data={"options": [option.model_dump(mode="json") for option in found.options], "notes": list(notes)},
+        artifact=Artifact("recommendation", "Options, best first", markdown=f"```\n{text}```\n\n{listed}"),
+    )
+
+
+@step("model facts")
+def model_facts(request: ManifestsRequest, target: Target) -> Outcome[ModelFacts]:
+    """Size and shape of the model: from the table of known ones, else from the hub."""
+    facts = MODELS.get(request.model) or facts_from_hub(request.model, target, token=hub_token(target))
+    return Outcome(value=facts, summary=f"{facts.weights_bytes / 1e9:.1f} GB of weights, by {facts.source}")
+
+
+@step("render manifests")
+def render_manifests(request: ManifestsRequest, target: Target, facts: ModelFacts) -> Outcome[GeneratedManifests]:
+    """Optimised manifests, with what whoever applies them must know."""
+    try:
+        wanted = request.manifests(target, project_number=_project_number(target), gke_version=_gke_version(target))
+    except ValidationError as error:
+        raise BadInput(explain(error), where="manifests", resolution="Correct the field and run again.") from error
+    profile: Profile | None = None
+    notes: tuple[str, ...] = ()
+    if request.targets.given():
+        count = request_sizing(wanted, facts).accelerator_count
+        query = ProfileQuery(model=request.model, accelerator=request.accelerator_type, accelerator_count=count)
+        sources = sources_of(target, (SourceName.BUCKET, SourceName.GOOGLE), query)
+        profile, notes = curve_of(sources, query, request.use_case)
+    generated = generate_manifests(wanted, facts, on=utc_now().date(), profile=profile)
+    listed = "".join(f"- {note}\n" for note in notes)
+    return Outcome(
+        value=generated,
+        summary=f"{len(generated.objects)} objects of {generated.serving.name}, weights by {generated.storage.value}",
+        artifact=Artifact(
+            "optimised-manifests",
+            f"{request.model} on {request.accelerator_type}",
+            markdown=f"{listed}\n```yaml\n{generated.text(Output.ALL)}```",
+        ),
+    )
+
+
+@step("manifests by Google")
+def manifests_of_google(request: ManifestsRequest, target: Target) -> Outcome[str]:
+    """The same by GKE Inference Quickstart's own generator, with its own latest version unless another is asked for."""
+    version = "" if request.model_server_version == LATEST_VERSION else request.model_server_version
+    text = manifests_by_google(request.manifests(target), target, version, Output.ALL)
+    return Outcome(
+        value=text,
+        summary=f"{text.count('kind: ')} objects",
+        artifact=Artifact("optimised-manifests", f"{request.model}, by Google", markdown=f"```yaml\n{text}```"),
+    )
+
+
+@step("grant access")
+def grant_access(generated: GeneratedManifests, target: Target, facts: ModelFacts) -> Outcome[None]:
+    """The bucket's binding, or the Secret with the hub's token: without them no pod would become available."""
+    cluster = ClusterClient.connect(target)
+    changes = list(ensure_namespace(cluster, target))
+    for grant in generated.grants:
+        made = ensure_binding(BucketPolicy(target, grant.bucket), grant.role, grant.member)
+        changes += [made] if made else []
+    if not generated.grants:
+        changes += ensure_hub_secret(cluster, generated, facts, hub_token(target))
+    return Outcome(
+        value=None,
+        summary=f"{len(changes)} grants made",
+        status=StepStatus.DONE if changes else StepStatus.UNCHANGED,
+        changes=tuple(changes),
+    )
+
+
+@step("apply manifests of the quickstart")
+def apply_generated(generated: GeneratedManifests, target: Target, replicas: int) -> Outcome[None]:
+    """Server-side apply, one step of replicas after the other, each until its pods are available."""
+    cluster = ClusterClient.connect(target)
+    # The target's own service account is other models' too: it stays as it is.
+    objects = [each for each in generated.objects if each["kind"] != "ServiceAccount" or cluster.find(each) is None]
+    changes: tuple[Change, ...] = ()
+    for count in scale_steps(generated, replicas):
+        changes += cluster.apply([_scaled(each, generated.serving.name, count) for each in objects])
+        cluster.wait_available(generated.serving.name, deadline_s=generated.serving.ready_timeout_s)
+    acted = [change for change in changes if change.action in (Action.CREATED, Action.UPDATED)]
+    rows = [(change.action.value, change.kind, change.name, change.detail) for change in changes]
+    return Outcome(
+        value=None,
+        summary=f"{len(acted)} of {len(changes)} objects changed; {generated.serving.name} is available",
+        status=StepStatus.DONE if acted else StepStatus.UNCHANGED,
+        changes=changes,
+        artifact=Artifact("manifests", "Kubernetes objects", markdown=table(("action", "kind", "name", ""), rows)),
+    )
+
+
+def _scaled(manifest: dict[str, object], name: str, replicas: int) -> dict[str, object]:
+    """The Deployment with that many pods, unless an autoscaler owns the field."""
+    metadata, spec = manifest["metadata"], manifest.get("spec")
+    assert isinstance(metadata, dict)
+    if manifest["kind"] != "Deployment" or metadata["name"] != name or not isinstance(spec, dict):
+        return manifest
+    return {**manifest, "spec": {**spec, "replicas": replicas}} if "replicas" in spec else manifest
+
+
+def _project_number(target: Target) -> str:
+    return "" if target.cluster.mode is ClusterMode.KUBECONFIG else Projects(target).get().number
+
+
+def _gke_version(target: Target) -> str | None:
+    """The cluster's, where there is one."""
+    cluster = None if target.cluster.mode is ClusterMode.KUBECONFIG else Gke(target).get()
+    return cluster.version if cluster else None
