@@ -79,6 +79,11 @@ PATIENCE_S: Mapping[Category, float] = {
 }
 """Seconds that a fault may heal by itself; what is not listed never does, and ends a wait at once."""
 
+HEALED_AFTER_S = 120.0
+"""A fault that was not seen for so long has healed, and starts with its whole patience when it comes back. Longer than
+what lies between two sightings of one that lasts: vLLM reads its weights about a minute after its start, and a pull
+that times out takes 30 s. Shorter than the pull of a 15 GB image that goes well for minutes and then fails."""
+
 
 class Diagnosis(Value):
     """What is wrong and what to do about it."""
@@ -90,6 +95,8 @@ class Diagnosis(Value):
     """The message that shows it, and where it was seen."""
     resolution: str
     """What to change, in terms of the spec's fields or as a command."""
+    suspected: bool = False
+    """From the log of a container that still runs: vLLM warns in the words of failures, so only its end proves it."""
 
     @property
     def patience_s(self) -> float:
@@ -160,19 +167,43 @@ class _Rule:
         )
 
 
+class FaultHistory:
+    """Since when each kind of fault lasts."""
+
+    def __init__(self) -> None:
+        self._first_seen_s: dict[Category, float] = {}
+        self._last_seen_s: dict[Category, float] = {}
+
+    def note(self, category: Category, now_s: float) -> float:
+        """Take in that the fault is there at `now_s`, on any clock; returns for how many seconds it has lasted."""
+        if now_s - self._last_seen_s.get(category, float("-inf")) > HEALED_AFTER_S:
+            self._first_seen_s[category] = now_s
+        self._last_seen_s[category] = now_s
+        return now_s - self._first_seen_s[category]
+
+
 def diagnose(observation: StartupObservation) -> Diagnosis | None:
     """The most telling explanation of what was observed, or None while nothing is wrong.
 
-    Rules come in the order of the causes: a message in the log explains the crash that Kubernetes reports.
+    Rules come in the order of the causes: a message in the log explains the crash that Kubernetes reports. What a
+    container that still runs has logged is a suspicion, and comes last.
     """
-    evidence = list(_evidence(observation))
+    found = _by_rule(_evidence(observation), observation) or _crash_loop(observation)
+    if found:
+        return found
+    suspected = _by_rule(_log_evidence(observation, of_running=True), observation)
+    return suspected and suspected.model_copy(update={"suspected": True})
+
+
+def _by_rule(items: Iterable[_Evidence], observation: StartupObservation) -> Diagnosis | None:
+    evidence = list(items)
     for rule in _RULES:
         # The newest evidence speaks first.
         for item in reversed(evidence):
             match = rule.match(item)
             if match:
                 return rule.diagnose(match, item, observation)
-    return _crash_loop(observation)
+    return None
 
 
 def diagnose_client_error(message: str, observation: StartupObservation | None = None) -> Diagnosis | None:
@@ -198,14 +229,35 @@ def _evidence(observation: StartupObservation) -> Iterator[_Evidence]:
             yield _Evidence(_Source.POD, where, text)
     if observation.missing_compute_class:
         yield _Evidence(_Source.POD, "cluster", f"compute class {observation.missing_compute_class} does not exist")
-    for name, log in observation.logs.items():
-        yield _Evidence(_Source.LOG, f"log of {name}", log)
+    yield from _log_evidence(observation, of_running=False)
     for message in observation.client_errors:
         yield _Evidence(_Source.CLIENT, "our call", message)
 
 
+def _log_evidence(observation: StartupObservation, *, of_running: bool) -> Iterator[_Evidence]:
+    running = {pod["metadata"]["name"] for pod in observation.pods if _is_running(pod)}
+    for name, log in observation.logs.items():
+        if (name in running) == of_running:
+            text = _complaints(log) if of_running else log
+            yield _Evidence(_Source.LOG, f"log of {name}", text)
+
+
+_COMPLAINT = re.compile(r"rror|Exception|Forbidden|denied|does not have|does not exist|restricted|gated")
+
+
+def _complaints(log: str) -> str:
+    """The lines that can be of interest while all is well: a long log is looked at after every line that comes."""
+    return "\n".join(line for line in log.splitlines() if _COMPLAINT.search(line))
+
+
+def _is_running(pod: Mapping[str, Any]) -> bool:
+    return any((container.get("state") or {}).get("running") for container in container_statuses(pod))
+
+
 _PLACING = frozenset({"FailedScheduling", "NotTriggerScaleUp", "FailedScaleUp"})
 _PREPARING = frozenset({"Failed", "BackOff", "FailedMount", "ErrImagePull", "InspectFailed"})
+_PULLS = frozenset({"Pulling", "Pulled"})
+_IMAGE_STATES = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"})
 
 
 def _is_history(
@@ -221,8 +273,18 @@ def _is_history(
     if reason in _PLACING:
         return _is_scheduled(pod) or (reason != "FailedScaleUp" and _node_is_coming(str(name), events))
     if reason in _PREPARING:
-        return any((container.get("state") or {}).get("running") for container in container_statuses(pod))
+        return _is_running(pod) or _is_pulled_anew(str(name), events)
     return False
+
+
+def _is_pulled_anew(pod_name: str, events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether kubelet is pulling, or has pulled, since the last failure to prepare the pod: it tries again by itself.
+
+    The container keeps the failure as its state until the pull has ended.
+    """
+    reasons = [event.get("reason") for event in events if (event.get("involvedObject") or {}).get("name") == pod_name]
+    last = next((reason for reason in reversed(reasons) if reason in _PREPARING | _PULLS), None)
+    return last in _PULLS
 
 
 def _is_scheduled(pod: Mapping[str, Any]) -> bool:
@@ -253,8 +315,11 @@ def _pod_statements(pod: Mapping[str, Any], events: Sequence[Mapping[str, Any]])
         unplaced = condition.get("type") == "PodScheduled" and condition.get("status") == "False"
         if unplaced and not _node_is_coming(pod["metadata"]["name"], events):
             yield f"{condition.get('reason')}: {condition.get('message') or ''}"
+    pulled_anew = _is_pulled_anew(pod["metadata"]["name"], events)
     for container in container_statuses(pod):
         for state in _telling_states(container):
+            if pulled_anew and state.get("reason") in _IMAGE_STATES:
+                continue
             if state.get("reason") or state.get("message"):
                 code = f" (exit code {state['exitCode']})" if "exitCode" in state else ""
                 yield f"{state.get('reason')}{code}: {state.get('message') or ''}"
@@ -709,7 +774,9 @@ _RULES: tuple[_Rule, ...] = (
         Category.EXECUTABLE_MISSING,
         "pod event log",
         r"(?:exec: \"(?P<file>[^\"]+)\": .*(?:no such file|not found|permission denied)"
-        r"|exec .*: no such file or directory|[Nn]o module named '?(?P<module>vllm[\w.]*))",
+        r"|exec .*: no such file or directory"
+        # Python's own words about `-m`; a module that vLLM itself misses is a warning of its.
+        r"|^\S*python[\d.]*: (?:No module named|Error while finding module specification for) '?vllm[\w.]*)",
         "The image has no such entry point.",
         "serving.command and serving.entrypoint belong to the image: `command: [./entrypoint.sh]` with `python -m"
         " vllm.entrypoints.api_server` for the tutorial's, `command: []` with `[vllm, serve]` for vLLM's own.",
@@ -717,7 +784,9 @@ _RULES: tuple[_Rule, ...] = (
     _rule(
         Category.CONTAINER_CONFIG,
         "pod event",
-        r"(?:CreateContainerConfigError|FailedMount): .*(?P<what>(?:secret|configmap) \"[^\"]+\" not found)",
+        # Kubernetes puts kube-root-ca.crt into a new namespace a moment after the first pod asks for it.
+        r"(?:CreateContainerConfigError|FailedMount): .*"
+        r"(?P<what>(?:secret|configmap) \"(?!kube-root-ca\.crt)[^\"]+\" not found)",
         "The container refers to something that does not exist: {what}.",
         "A rerun applies it; if it is not ours, create it or drop the reference from serving.env.",
     ),
@@ -847,15 +916,34 @@ def _crash_loop(observation: StartupObservation) -> Diagnosis | None:
         for ended in (state for container in container_statuses(pod) for state in _telling_states(container)):
             if not ended.get("exitCode"):
                 continue
-            name = pod["metadata"]["name"]
-            log = observation.logs.get(name) or ended.get("message") or ""
             return Diagnosis(
                 category=Category.CRASH_LOOP,
                 summary=f"The container exits with code {ended['exitCode']}.",
-                detail=f"log of {name}: {_last_error(log)}",
+                detail=_end_of_log(pod, ended, observation),
                 resolution="Read the log above; the line quoted is the last error in it.",
             )
+        for ended in _ended_without_error(pod):
+            return Diagnosis(
+                category=Category.CRASH_LOOP,
+                summary="The container ends by itself, with exit code 0: it runs no server.",
+                detail=_end_of_log(pod, ended, observation),
+                resolution="serving.command and serving.entrypoint must name a program that stays in the foreground:"
+                " `[./entrypoint.sh]` with the tutorial's arguments, or `[vllm, serve]` with an empty command.",
+            )
     return None
+
+
+def _ended_without_error(pod: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Ends with code 0 of containers that should run for ever: not those of a Job, nor init containers."""
+    if (pod.get("spec") or {}).get("restartPolicy", "Always") != "Always":
+        return
+    for container in (pod.get("status") or {}).get("containerStatuses") or []:
+        yield from (state for state in _telling_states(container) if state.get("exitCode") == 0)
+
+
+def _end_of_log(pod: Mapping[str, Any], ended: Mapping[str, Any], observation: StartupObservation) -> str:
+    name = pod["metadata"]["name"]
+    return f"log of {name}: {_last_error(observation.logs.get(name) or ended.get('message') or '')}"
 
 
 def _last_error(log: str) -> str:

@@ -18,7 +18,15 @@ from datetime import datetime
 from typing import Any
 
 from rollout.clients.cluster_api import QUIET_S, ClusterApi, Silence, Snapshot, Update
-from rollout.diagnosis import Category, Diagnosis, StartupObservation, container_statuses, diagnose, restarts
+from rollout.diagnosis import (
+    Category,
+    Diagnosis,
+    FaultHistory,
+    StartupObservation,
+    container_statuses,
+    diagnose,
+    restarts,
+)
 from rollout.errors import DeadlineExceeded, NotFound, PermissionMissing, RolloutError, StartupFailed, TransientError
 from rollout.rendering import KubernetesObject
 from rollout.values import Value
@@ -151,7 +159,8 @@ class StartupWait:
         self._seen = _Seen()
         self._read_runs: dict[str, str] = {}
         self._shown_runs: dict[str, str] = {}
-        self._first_seen: dict[Category, float] = {}
+        self._history = FaultHistory()
+        self._lasted_s = 0.0
         self._faults: dict[Category, Diagnosis] = {}
         self._last_message = ""
         self._last_category: Category | None = None
@@ -219,19 +228,20 @@ class StartupWait:
         """The diagnosis, unless it is of a kind that the next message may explain away and has just appeared."""
         if diagnosis is None:
             return None
-        now = time.monotonic()
-        since = self._first_seen.setdefault(diagnosis.category, now)
-        if diagnosis.category in _EXPLAINED_LATER and now - since < SETTLE_S:
+        self._lasted_s = self._history.note(diagnosis.category, time.monotonic())
+        if diagnosis.category in _EXPLAINED_LATER and self._lasted_s < SETTLE_S:
             return None
         self._faults[diagnosis.category] = diagnosis
         return diagnosis
 
     def _judge(self, diagnosis: Diagnosis) -> None:
         """Raise if the fault will not heal, or has not healed for as long as its kind may take."""
+        if diagnosis.suspected:
+            return  # the startup probe ends a container that hangs; then the log is proof
         patience_s = diagnosis.patience_s * self._patience_factor
         if diagnosis.category is Category.CRASH_LOOP and self._most_restarts() >= MAX_RESTARTS:
             patience_s = 0.0
-        if time.monotonic() - self._first_seen[diagnosis.category] >= max(SETTLE_S, patience_s):
+        if self._lasted_s >= max(SETTLE_S, patience_s):
             raise self._failure(diagnosis)
 
     def _failure(self, diagnosis: Diagnosis) -> ServerDoesNotStart:
@@ -254,17 +264,9 @@ class StartupWait:
         pods = self._new_pods()
         names = {item["metadata"]["name"] for item in [*pods, *self._current_replica_sets()]}
         events = [event for event in self._events() if (event.get("involvedObject") or {}).get("name") in names]
-        logs = {pod["metadata"]["name"]: text for pod in pods if (text := self._telling_log(pod))}
+        logs = {name: "\n".join(line.text for line in self._seen.lines.get(name, ())) for name in names}
         missing = self._missing_compute_class(pods)
         return replace(self._context, pods=pods, events=events, logs=logs, missing_compute_class=missing)
-
-    def _telling_log(self, pod: KubernetesObject) -> str:
-        """The tail of a pod's log, or nothing while it runs without complaint: no need to search it for faults then."""
-        lines = self._seen.lines.get(pod["metadata"]["name"], ())
-        healthy = any((container.get("state") or {}).get("running") for container in container_statuses(pod))
-        if healthy and not any("Error" in line.text for line in lines):
-            return ""
-        return "\n".join(line.text for line in lines)
 
     def _missing_compute_class(self, pods: Iterable[KubernetesObject]) -> str:
         """The ComputeClass that unplaced pods select, if there is none of that name. Asked at most every RECHECK_S."""

@@ -535,6 +535,20 @@ def test_a_crash_that_nobody_knows_ends_the_wait_after_some_restarts(running: Cl
     assert caught.value.diagnosis.category is Category.CRASH_LOOP
 
 
+def test_a_server_that_ends_without_an_error_ends_the_wait_after_some_restarts(running: ClusterClient) -> None:
+    start(running, "exit", "0")
+    with pytest.raises(ServerDoesNotStart, match="exit code 0"):
+        running.wait_available("web", deadline_s=DEADLINE_S)
+
+
+def test_a_warning_that_reads_like_a_failure_is_told_and_does_not_end_the_wait(running: ClusterClient) -> None:
+    start(running, "warn", "WARNING: CUDA driver version is insufficient, RuntimeError ignored")
+    progress: list[Progress] = []
+    report = running.wait_available("web", deadline_s=DEADLINE_S, on_progress=progress.append)
+    assert report.pods
+    assert {step.diagnosis.suspected for step in progress if step.diagnosis} == {True}
+
+
 def test_a_fault_that_heals_in_time_is_reported_and_forgiven(running: ClusterClient, tmp_path: Path) -> None:
     denied = "does not have storage.objects.get access to the Google Cloud Storage object."
     start(running, "crash-once", str(tmp_path / "crashed"), f"a@b.iam.gserviceaccount.com {denied}")
