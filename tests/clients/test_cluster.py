@@ -39,6 +39,8 @@ from rollout.errors import (
     FieldConflict,
     ManifestRejected,
     NotFound,
+    PermissionMissing,
+    QuotaExceeded,
 )
 from rollout.model import ModelFile, PinnedModel
 from rollout.objects import INSTANCE_LABEL, ownership_labels, serving_objects
@@ -406,6 +408,63 @@ def test_all_refusals_are_named_at_once(client: ClusterClient) -> None:
     other["spec"]["template"]["spec"]["containers"][0]["imagee"] = "x"
     with pytest.raises(ManifestRejected, match=r"(?s)/one: .*selector.*/other: .*imagee"):
         client.preview([one, other])
+
+
+WARDEN = (
+    'admission webhook "warden-validating.common-webhooks.networking.gke.io" denied the request: GKE Warden rejected'
+    " the request because it violates one or more constraints."
+)
+QUOTA = "exceeded quota: models, requested: count/services=1, used: count/services=2, limited: count/services=2"
+
+
+@pytest.mark.parametrize(
+    ("why", "error", "resolution"),
+    [
+        (QUOTA, QuotaExceeded, "tear down a model there"),
+        (WARDEN, ManifestRejected, "serving.resources within the limits"),
+        ('violates PodSecurity "restricted:latest": runAsNonRoot != true', ManifestRejected, "admission policy"),
+    ],
+)
+def test_a_quota_and_an_admission_policy_are_no_missing_permission(
+    server: KubernetesServer, breakable: ClusterClient, why: str, error: type[Exception], resolution: str
+) -> None:
+    server.deny("services", why)
+    breakable.apply([namespace_of(breakable)])
+    with pytest.raises(error, match=resolution) as caught:
+        breakable.preview([service(breakable)])
+    assert not isinstance(caught.value, PermissionMissing)
+    assert "Service" in str(caught.value)
+
+
+def test_the_preview_names_a_quota_beside_the_other_refusals(
+    server: KubernetesServer, breakable: ClusterClient
+) -> None:
+    server.deny("services", QUOTA)
+    breakable.apply([namespace_of(breakable)])
+    wrong = program(breakable, "serve")
+    wrong["spec"]["template"]["spec"]["containers"][0]["imagee"] = "x"
+    with pytest.raises(ManifestRejected, match=r"(?s)imagee.*exceeded quota: models"):
+        breakable.preview([wrong, service(breakable)])
+
+
+def test_credentials_that_the_cluster_does_not_accept_are_not_a_missing_role(tmp_path: Path) -> None:
+    with start_sandbox(tmp_path, token="secret") as server:
+        wrong = Configuration(host=server.url, api_key={"authorization": "Bearer wrong"})
+        api = ClusterApi(ApiClient(wrong), attempts=1)
+        with pytest.raises(PermissionMissing, match="log in again"):
+            api.get("/api/v1/namespaces")
+
+
+@pytest.mark.parametrize(("why", "category"), [(QUOTA, Category.QUOTA_EXCEEDED), (WARDEN, Category.AUTOPILOT_LIMIT)])
+def test_pods_that_admission_refuses_end_the_wait(
+    server: KubernetesServer, breakable: ClusterClient, why: str, category: Category
+) -> None:
+    server.deny("pods", why)
+    start(breakable, "serve")
+    with pytest.raises(ServerDoesNotStart) as caught:
+        breakable.wait_available("web", deadline_s=DEADLINE_S, patience_factor=0.0)
+    assert caught.value.diagnosis is not None
+    assert caught.value.diagnosis.category is category
 
 
 def test_a_kind_that_the_cluster_does_not_know_is_named(client: ClusterClient) -> None:
