@@ -486,10 +486,11 @@ def _bigger_disk(_: re.Match[str], observation: StartupObservation) -> str:
     size = f"{observation.weights_bytes / 2**30:.0f} GiB of weights" if observation.weights_bytes else "The weights"
     spec = observation.serving
     now = spec.accelerator.boot_disk_gib if spec else None
+    variable = spec.cache_variable if spec else "HF_HOME"
     disk = max(200, round(observation.weights_bytes * 2.5 / 2**30 / 50) * 50)
     return (
         f"{size} do not fit on the node's boot disk ({now or 100} GiB, of which 90 % are usable). Either cache in RAM:"
-        f" serving.env {{HF_HOME: /dev/shm/hf_cache}} with serving.resources.memory to match; or a larger boot disk:"
+        f" serving.env {{{variable}: /dev/shm/model}} with serving.resources.memory to match; or a larger boot disk:"
         f" serving.accelerator.boot_disk_gib: {disk} (Autopilot's ComputeClass) or"
         f" target.cluster.node_pool.boot_disk_gib: {disk} (Standard). Streaming with serving.load_format:"
         f" runai_streamer needs neither."
@@ -511,9 +512,9 @@ def _longer_probe(_: re.Match[str], observation: StartupObservation) -> str:
         return "Give the startup probe a higher failureThreshold: the model takes longer to load than it allows."
     budget_s = spec.startup_failure_threshold(observation.weights_bytes, period_s=1)
     return (
-        f"Loading {observation.weights_bytes / 1e9:.1f} GB took longer than the probe's {budget_s} s, which assume"
-        f" {spec.weights_bytes_per_s / 1e6:.0f} MB/s. Set serving.weights_bytes_per_s to"
-        f" {spec.weights_bytes_per_s / 2:.0f} (half), or load faster: serving.load_format: runai_streamer."
+        f"Loading {observation.weights_bytes / 1e9:.1f} GB took longer than the probe's {budget_s} s. Set"
+        f" serving.ready_timeout_s to {2 * budget_s} (twice that: the probe waits as long), or load faster:"
+        f" serving.load_format: runai_streamer with vLLM's own image."
     )
 
 

@@ -27,13 +27,13 @@ from rollout.autoscaling import (
     autoscaling_for,
 )
 from rollout.errors import BadInput
-from rollout.fit import DEFAULT_BOOT_DISK_GIB, check_ephemeral_storage
+from rollout.fit import DEFAULT_BOOT_DISK_GIB, WeightsCopy, check_ephemeral_storage
 from rollout.model_facts import ModelFacts
 from rollout.objects import BOOT_DISK_CACHE_LIMIT_BYTES, RAM_CACHE, STARTUP_PERIOD_S
 from rollout.preflight import Check, CheckState, failed, ok
 from rollout.profiles import CHATBOT, Profile, Targets, use_case_named
 from rollout.rendering import KubernetesObject, read_manifests, render
-from rollout.serving import Accelerator, Resources, ServingSpec
+from rollout.serving import ENGINE_START_S, Accelerator, Resources, ServingSpec
 from rollout.sizing import Sizing, size_serving
 from rollout.universe import Universe
 from rollout.values import KubernetesName, RepoId, Value
@@ -288,8 +288,9 @@ def _checks(
 ) -> tuple[Check, ...]:
     checks = []
     if storage is StorageBackend.HUB:
-        on_disk = not _caches_in_memory(request, facts)
-        checks.append(check_ephemeral_storage(facts.weights_bytes, serving, cached_on_disk=on_disk))
+        copy = WeightsCopy.MEMORY if _caches_in_memory(request, facts) else WeightsCopy.DISK
+        disk_gib = request.boot_disk_gib or DEFAULT_BOOT_DISK_GIB
+        checks.append(check_ephemeral_storage(facts.weights_bytes, serving, copy, boot_disk_gib=disk_gib))
     elif request.gke_version is not None:
         checks.append(check_gke_version(request.gke_version))
     return tuple(checks)
@@ -321,7 +322,7 @@ def startup_s(facts: ModelFacts, serving: ServingSpec) -> float:
 
     300 s for a node: the middle of what GKE's documentation and users report for GPU machines.
     """
-    return 300.0 + serving.startup_failure_threshold(facts.weights_bytes, period_s=1)
+    return 300.0 + serving.loading_s(facts.weights_bytes) + ENGINE_START_S
 
 
 def _grants(request: ManifestRequest, *, writes_cache: bool) -> tuple[BucketGrant, ...]:

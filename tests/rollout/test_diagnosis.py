@@ -297,7 +297,7 @@ MESSAGES = [
                 )
             ],
         ),
-        "HF_HOME: /dev/shm/hf_cache",
+        "LOCAL_MODEL_DIR: /dev/shm/model",
     ),
     (
         Category.EPHEMERAL_STORAGE,
@@ -310,7 +310,7 @@ MESSAGES = [
             event("Unhealthy", "Startup probe failed: dial tcp 10.0.0.1:8080: connect: connection refused"),
             event("Killing", "Container inference-server failed startup probe, will be restarted"),
         ),
-        "Set serving.weights_bytes_per_s to 100000000 (half)",
+        "Set serving.ready_timeout_s to 3600 (twice that",
     ),
     # Images
     (
