@@ -242,12 +242,17 @@ def _log_evidence(observation: StartupObservation, *, of_running: bool) -> Itera
             yield _Evidence(_Source.LOG, f"log of {name}", text)
 
 
+def is_complaint(line: str) -> bool:
+    """Whether a line of a log may tell of a fault: worth a look, and no proof."""
+    return _COMPLAINT.search(line) is not None
+
+
 _COMPLAINT = re.compile(r"rror|Exception|Forbidden|denied|does not have|does not exist|restricted|gated")
 
 
 def _complaints(log: str) -> str:
     """The lines that can be of interest while all is well: a long log is looked at after every line that comes."""
-    return "\n".join(line for line in log.splitlines() if _COMPLAINT.search(line))
+    return "\n".join(line for line in log.splitlines() if is_complaint(line))
 
 
 def _is_running(pod: Mapping[str, Any]) -> bool:
@@ -568,6 +573,14 @@ def _compute_class_advice(_: re.Match[str], observation: StartupObservation) -> 
     )
 
 
+def _set_quota_project(_: re.Match[str], observation: StartupObservation) -> str:
+    project = observation.target.project if observation.target else "PROJECT_ID"
+    return (
+        f"Run `gcloud config set billing/quota_project {project}` and `gcloud auth application-default"
+        f" set-quota-project {project}`."
+    )
+
+
 # --- Rules, causes first --------------------------------------------------------------------------------------------
 
 
@@ -879,27 +892,25 @@ _RULES: tuple[_Rule, ...] = (
         "client",
         r"(?:requires a quota project|PERMISSION_DENIED[\s\S]*quota project|quota project[\s\S]*PERMISSION_DENIED"
         r"|SERVICE_DISABLED[\s\S]*gkerecommender)",
-        "The call carries no quota project.",
-        lambda _, seen: (
-            f"gcloud config set billing/quota_project {seen.target.project if seen.target else 'PROJECT_ID'} and"
-            f" gcloud auth application-default set-quota-project"
-            f" {seen.target.project if seen.target else 'PROJECT_ID'}"
-        ),
+        "The call names no project that its quota is counted for.",
+        _set_quota_project,
     ),
     _rule(
         Category.SERVER_NOT_READY,
         "client",
         r"(?:Empty reply from server|Remote end closed connection without response|Server disconnected"
-        r"|Connection reset by peer|RemoteDisconnected)",
-        "The container accepts connections but does not answer yet.",
-        "It is still loading the model: wait for `Application startup complete.` in its log.",
+        r"|Connection aborted|Connection reset by peer|RemoteDisconnected|IncompleteRead)",
+        "Empty reply from server: the connection was closed without an answer.",
+        "The container may still be loading the model: look at the pod's log until it says `Connected` or `Application"
+        " startup complete.`, then repeat.",
     ),
     _rule(
         Category.CONNECTION_REFUSED,
         "client",
         r"(?:[Cc]onnection refused|Failed to establish a new connection|ConnectionRefusedError)",
-        "Nothing listens at the endpoint.",
-        "Start the port-forward again, and check that the Service has a ready pod (`kubectl get endpointslices`).",
+        "Connection refused: nothing listens at the endpoint.",
+        "Start the port-forward again (`kubectl port-forward svc/… 8080:8080`), and check that the Service has a ready"
+        " pod (`kubectl get endpointslices`).",
     ),
 )
 

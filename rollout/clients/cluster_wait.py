@@ -75,35 +75,44 @@ class WaitReport(Value):
     duration_s: float
     pods: tuple[str, ...]
     waterfalls: tuple[Waterfall, ...]
-    """One for each pod; whoever gets the first token adds it with `Waterfall.with_first_token`."""
+    """One for each pod."""
     healed: tuple[Diagnosis, ...] = ()
     """Faults that were seen on the way and went away."""
+    first_token_s: float | None = None
+    """How long the first request took; None as long as nobody has asked."""
+
+    def with_first_token(self, at: datetime, took_s: float) -> WaitReport:
+        """The report with the last bar of each waterfall: ready is what has answered."""
+        waterfalls = tuple(waterfall.with_first_token(at) for waterfall in self.waterfalls)
+        return self.model_copy(update={"waterfalls": waterfalls, "first_token_s": took_s})
 
 
-class ServerDoesNotStart(StartupFailed):
-    """The model server cannot become available; carries the diagnosis and the end of the log."""
+class FailedStart(RolloutError):
+    """A start that did not become one, with what was seen of it."""
 
     diagnosis: Diagnosis | None = None
     log_tail: str = ""
+    """The end of each pod's log."""
+    waterfalls: tuple[Waterfall, ...] = ()
+    """How far each pod came."""
     old_pods_serving: tuple[str, ...] = ()
     """Pods of the previous revision that still answer."""
 
-    @classmethod
-    def because(cls, diagnosis: Diagnosis, where: str, log_tail: str, old_pods: Iterable[str]) -> ServerDoesNotStart:
-        pods = tuple(old_pods)
-        serving = f" The previous revision still serves: {', '.join(pods)}." if pods else ""
-        error = cls(diagnosis.summary, where=where, resolution=f"{diagnosis.resolution}\n{diagnosis.detail}{serving}")
-        error.diagnosis, error.log_tail, error.old_pods_serving = diagnosis, log_tail, pods
-        return error
-
     def __reduce__(self) -> tuple[object, ...]:
         # Prefect keeps failures by pickle.
-        facts = {key: getattr(self, key) for key in ("diagnosis", "log_tail", "old_pods_serving")}
-        return (_restored, (self.summary, self.where, self.resolution, facts))
+        return (_restored, (type(self), self.summary, self.where, self.resolution, self.__dict__))
 
 
-def _restored(summary: str, where: str, resolution: str, facts: dict[str, Any]) -> ServerDoesNotStart:
-    error = ServerDoesNotStart(summary, where=where, resolution=resolution)
+class ServerDoesNotStart(FailedStart, StartupFailed):
+    """The model server cannot become available; the summary is the diagnosis."""
+
+
+class StartTakesTooLong(FailedStart, DeadlineExceeded):
+    """The time is over, and nothing that could be seen was wrong."""
+
+
+def _restored(kind: type[FailedStart], summary: str, where: str, resolution: str, facts: dict[str, Any]) -> FailedStart:
+    error = kind(summary, where=where, resolution=resolution)
     error.__dict__.update(facts)
     return error
 
@@ -163,7 +172,7 @@ class StartupWait:
         self._lasted_s = 0.0
         self._faults: dict[Category, Diagnosis] = {}
         self._last_message = ""
-        self._last_category: Category | None = None
+        self._last_fault: tuple[Category, bool] | None = None
         self._compute_class_asked_at = float("-inf")
         self._compute_class_exists = True
         self._started = 0.0
@@ -244,8 +253,24 @@ class StartupWait:
         if self._lasted_s >= max(SETTLE_S, patience_s):
             raise self._failure(diagnosis)
 
-    def _failure(self, diagnosis: Diagnosis) -> ServerDoesNotStart:
-        return ServerDoesNotStart.because(diagnosis, self._where, self._log_tail(), self._old_pods())
+    def _failure(self, diagnosis: Diagnosis) -> FailedStart:
+        pods = self._old_pods()
+        serving = f" The previous revision still serves: {', '.join(pods)}." if pods else ""
+        resolution = f"{diagnosis.resolution}\n{diagnosis.detail}{serving}"
+        error = ServerDoesNotStart(diagnosis.summary, where=self._where, resolution=resolution)
+        error.diagnosis = diagnosis
+        return self._with_evidence(error)
+
+    def _with_evidence(self, error: FailedStart) -> FailedStart:
+        events, weights_bytes = self._events(), self._context.weights_bytes
+        error.log_tail, error.old_pods_serving = self._log_tail(), tuple(self._old_pods())
+        error.waterfalls = tuple(
+            read_waterfall(pod, events, self._lines_of(pod), weights_bytes=weights_bytes) for pod in self._new_pods()
+        )
+        return error
+
+    def _lines_of(self, pod: KubernetesObject) -> list[TimedLine]:
+        return list(self._seen.lines.get(pod["metadata"]["name"], ()))
 
     def _most_restarts(self) -> int:
         return max((restarts(pod) for pod in self._new_pods()), default=0)
@@ -253,12 +278,13 @@ class StartupWait:
     def _too_late(self, deadline_s: float, diagnosis: Diagnosis | None) -> RolloutError:
         if diagnosis:
             return self._failure(diagnosis)
-        return DeadlineExceeded(
+        slow = StartTakesTooLong(
             f"not available after {deadline_s:.0f} s; last seen: {self._last_message or 'nothing'}.",
             where=self._where,
             resolution="Nothing is wrong that could be seen: give it longer with serving.ready_timeout_s, or look at"
             " the waterfall for the slow stage.",
         )
+        return self._with_evidence(slow)
 
     def _observation(self) -> StartupObservation:
         pods = self._new_pods()
@@ -328,9 +354,9 @@ class StartupWait:
         message = "; ".join(_pod_progress(pod, self._events()) for pod in self._new_pods()) or "no pod yet"
         fraction = self._fraction_loaded()
         shown = f"{message} {fraction:.0%}" if fraction is not None else message
-        category = diagnosis.category if diagnosis else None
-        if (shown, category) != (self._last_message, self._last_category):
-            self._last_message, self._last_category = shown, category
+        fault = (diagnosis.category, diagnosis.suspected) if diagnosis else None
+        if (shown, fault) != (self._last_message, self._last_fault):
+            self._last_message, self._last_fault = shown, fault
             elapsed_s = time.monotonic() - self._started
             if self._on_progress:
                 self._on_progress(

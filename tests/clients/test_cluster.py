@@ -29,7 +29,7 @@ from kubernetes.client import ApiClient, Configuration
 
 from rollout.clients.cluster import ClusterClient, NodeRoom
 from rollout.clients.cluster_api import ClusterApi
-from rollout.clients.cluster_wait import LogLine, Progress, ServerDoesNotStart
+from rollout.clients.cluster_wait import LogLine, Progress, ServerDoesNotStart, StartTakesTooLong
 from rollout.clients.gke import Gke
 from rollout.diagnosis import Category, StartupObservation
 from rollout.errors import (
@@ -584,6 +584,10 @@ def test_the_failure_survives_being_stored(running: ClusterClient) -> None:
         running.wait_available("web", deadline_s=DEADLINE_S)
     restored = pickle.loads(pickle.dumps(caught.value))
     assert (str(restored), restored.diagnosis) == (str(caught.value), caught.value.diagnosis)
+    assert [waterfall.pod for waterfall in restored.waterfalls] == [
+        waterfall.pod for waterfall in caught.value.waterfalls
+    ]
+    assert restored.waterfalls
 
 
 def test_a_crash_that_nobody_knows_ends_the_wait_after_some_restarts(running: ClusterClient) -> None:
@@ -644,8 +648,11 @@ def test_a_compute_class_that_does_not_exist_is_named(running: ClusterClient) ->
 
 def test_a_start_that_takes_too_long_ends_at_the_deadline_and_says_what_was_seen(running: ClusterClient) -> None:
     start(running, "hang")
-    with pytest.raises(DeadlineExceeded, match="starting"):
-        running.wait_available("web", deadline_s=2.0)
+    with pytest.raises(DeadlineExceeded, match="starting") as caught:
+        running.wait_available("web", deadline_s=5.0)
+    slow = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(slow, StartTakesTooLong)
+    assert Stage.SCHEDULING in {stage.stage for waterfall in slow.waterfalls for stage in waterfall.stages}
 
 
 def test_a_failed_update_leaves_the_old_pod_serving_and_says_so(running: ClusterClient) -> None:

@@ -496,8 +496,8 @@ MESSAGES = [
         "serving.resources",
     ),
     # Our own calls
-    (Category.SERVER_NOT_READY, called("curl: (52) Empty reply from server"), "Application startup complete."),
-    (Category.SERVER_NOT_READY, called("aiohttp.ServerDisconnectedError: Server disconnected"), "still loading"),
+    (Category.SERVER_NOT_READY, called("curl: (52) Empty reply from server"), "`Application startup complete.`"),
+    (Category.SERVER_NOT_READY, called("aiohttp.ServerDisconnectedError: Server disconnected"), "still be loading"),
     (
         Category.CONNECTION_REFUSED,
         called("curl: (7) Failed to connect to 127.0.0.1 port 8080 after 0 ms: Connection refused"),
