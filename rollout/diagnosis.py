@@ -27,6 +27,7 @@ class Category(StrEnum):
     UNTOLERATED_TAINT = "untolerated taint"
     COMPUTE_CLASS_MISSING = "compute class missing"
     UNSCHEDULABLE = "unschedulable"
+    NODE_LOST = "node lost"
     POD_REFUSED = "pod refused"
     IMAGE_NOT_FOUND = "image not found"
     IMAGE_FORBIDDEN = "image forbidden"
@@ -69,6 +70,8 @@ PATIENCE_S: Mapping[Category, float] = {
     Category.COMPUTE_CLASS_MISSING: 60.0,
     Category.UNTOLERATED_TAINT: 120.0,
     Category.POD_REFUSED: 60.0,
+    # Kubernetes moves the pods of a silent node after 300 s, and GKE repairs it after about ten minutes.
+    Category.NODE_LOST: 600.0,
     Category.CONTAINER_CONFIG: 60.0,
     # A registry that times out; kubelet backs off up to five minutes.
     Category.IMAGE_PULL: 300.0,
@@ -114,6 +117,8 @@ class StartupObservation:
     pods: Sequence[Mapping[str, Any]] = ()
     events: Sequence[Mapping[str, Any]] = ()
     """Events about these pods and what creates them, oldest first."""
+    nodes: Sequence[Mapping[str, Any]] = ()
+    """The nodes of pods that are not ready."""
     logs: Mapping[str, str] = field(default_factory=dict)
     """The tail of each pod's log: of the running container, or of the last one that ended."""
     client_errors: Sequence[str] = ()
@@ -131,6 +136,7 @@ class StartupObservation:
 class _Source(StrEnum):
     LOG = "log"
     POD = "pod"
+    NODE = "node"
     EVENT = "event"
     CLIENT = "client"
 
@@ -227,6 +233,9 @@ def _evidence(observation: StartupObservation) -> Iterator[_Evidence]:
         where = f"pod {pod['metadata']['name']}"
         for text in _pod_statements(pod, observation.events):
             yield _Evidence(_Source.POD, where, text)
+    for node in observation.nodes:
+        for text in _node_statements(node):
+            yield _Evidence(_Source.NODE, f"node {node['metadata']['name']}", text)
     if observation.missing_compute_class:
         yield _Evidence(_Source.POD, "cluster", f"compute class {observation.missing_compute_class} does not exist")
     yield from _log_evidence(observation, of_running=False)
@@ -328,6 +337,12 @@ def _pod_statements(pod: Mapping[str, Any], events: Sequence[Mapping[str, Any]])
             if state.get("reason") or state.get("message"):
                 code = f" (exit code {state['exitCode']})" if "exitCode" in state else ""
                 yield f"{state.get('reason')}{code}: {state.get('message') or ''}"
+
+
+def _node_statements(node: Mapping[str, Any]) -> Iterator[str]:
+    for condition in (node.get("status") or {}).get("conditions") or []:
+        if condition["type"] == "Ready" and condition["status"] != "True":
+            yield f"NotReady: {condition.get('reason')}: {condition.get('message') or ''}"
 
 
 def _telling_states(container: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -756,6 +771,13 @@ _RULES: tuple[_Rule, ...] = (
         r"failed (?:startup|liveness) probe, will be restarted",
         "The startup probe killed the container while it was still loading.",
         _longer_probe,
+    ),
+    _rule(
+        Category.NODE_LOST,
+        "node",
+        r"^NotReady: (?P<why>.*)",
+        "The pod's node does not answer.",
+        "Kubernetes moves its pods after five minutes, and GKE repairs or replaces it; see `kubectl describe node`.",
     ),
     # What never got to start.
     _rule(

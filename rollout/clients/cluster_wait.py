@@ -39,7 +39,7 @@ LOG_TAIL_LINES = 400
 MAX_RESTARTS = 3
 """A container that ended four times by the same fault is not going to start."""
 RECHECK_S = 5.0
-"""How often to ask whether a ComputeClass has appeared."""
+"""How often to ask for what is not watched: whether a ComputeClass has appeared, and how the pods' nodes are."""
 SETTLE_S = 1.0
 """A log line comes on another connection than the exit it explains: look again after this time before giving up."""
 START_LOG_BYTES = 1_000_000
@@ -175,6 +175,8 @@ class StartupWait:
         self._last_fault: tuple[Category, bool] | None = None
         self._compute_class_asked_at = float("-inf")
         self._compute_class_exists = True
+        self._nodes_asked_at = float("-inf")
+        self._nodes: list[KubernetesObject] = []
         self._started = 0.0
         self._where = f"Deployment {namespace}/{name}"
 
@@ -292,7 +294,22 @@ class StartupWait:
         events = [event for event in self._events() if (event.get("involvedObject") or {}).get("name") in names]
         logs = {name: "\n".join(line.text for line in self._seen.lines.get(name, ())) for name in names}
         missing = self._missing_compute_class(pods)
-        return replace(self._context, pods=pods, events=events, logs=logs, missing_compute_class=missing)
+        nodes = self._nodes_of(pods)
+        return replace(self._context, pods=pods, events=events, nodes=nodes, logs=logs, missing_compute_class=missing)
+
+    def _nodes_of(self, pods: Iterable[KubernetesObject]) -> list[KubernetesObject]:
+        """The nodes of pods that are not ready. Asked at most every RECHECK_S."""
+        if time.monotonic() - self._nodes_asked_at > RECHECK_S:
+            self._nodes_asked_at = time.monotonic()
+            names = {pod["spec"].get("nodeName") for pod in pods if not _condition(pod, "Ready")} - {None}
+            self._nodes = [node for name in sorted(names) if (node := self._find_node(name))]
+        return self._nodes
+
+    def _find_node(self, name: str) -> KubernetesObject | None:
+        try:
+            return self._api.find(self._api.resource("v1", "Node").path(None, name))
+        except PermissionMissing:
+            return None  # who may not look does not know
 
     def _missing_compute_class(self, pods: Iterable[KubernetesObject]) -> str:
         """The ComputeClass that unplaced pods select, if there is none of that name. Asked at most every RECHECK_S."""

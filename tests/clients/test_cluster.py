@@ -646,6 +646,21 @@ def test_a_compute_class_that_does_not_exist_is_named(running: ClusterClient) ->
     assert "nothing-like-it" in str(caught.value)
 
 
+def test_a_node_that_dies_under_the_start_is_named(server: KubernetesServer, breakable: ClusterClient) -> None:
+    start(breakable, "hang")
+    lost = threading.Event()
+
+    def lose_the_node(step: Progress) -> None:
+        if "starting" in step.message and not lost.is_set():
+            lost.set()
+            pods = breakable.api.get(f"/api/v1/namespaces/{breakable.target.namespace}/pods")["items"]
+            server.agent_settings.node_loss_s = DEADLINE_S
+            server.lose_node(pods[0]["spec"]["nodeName"])
+
+    with pytest.raises(ServerDoesNotStart, match="node does not answer"):
+        breakable.wait_available("web", deadline_s=DEADLINE_S, on_progress=lose_the_node, patience_factor=0.0)
+
+
 def test_a_start_that_takes_too_long_ends_at_the_deadline_and_says_what_was_seen(running: ClusterClient) -> None:
     start(running, "hang")
     with pytest.raises(DeadlineExceeded, match="starting") as caught:

@@ -388,6 +388,29 @@ MESSAGES = [
         ),
         "target.namespace",
     ),
+    # The node
+    (
+        Category.NODE_LOST,
+        dataclasses.replace(
+            CONTEXT,
+            nodes=[
+                {
+                    "metadata": {"name": "gk3-node-1"},
+                    "status": {
+                        "conditions": [
+                            {
+                                "type": "Ready",
+                                "status": "Unknown",
+                                "reason": "NodeStatusUnknown",
+                                "message": "Kubelet stopped posting node status.",
+                            }
+                        ]
+                    },
+                }
+            ],
+        ),
+        "kubectl describe node",
+    ),
     # Pods without a node
     (
         Category.NO_GPU_NODE,
