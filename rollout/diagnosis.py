@@ -27,6 +27,7 @@ class Category(StrEnum):
     UNTOLERATED_TAINT = "untolerated taint"
     COMPUTE_CLASS_MISSING = "compute class missing"
     UNSCHEDULABLE = "unschedulable"
+    NODE_LOST = "node lost"
     POD_REFUSED = "pod refused"
     IMAGE_NOT_FOUND = "image not found"
     IMAGE_FORBIDDEN = "image forbidden"
@@ -69,6 +70,8 @@ PATIENCE_S: Mapping[Category, float] = {
     Category.COMPUTE_CLASS_MISSING: 60.0,
     Category.UNTOLERATED_TAINT: 120.0,
     Category.POD_REFUSED: 60.0,
+    # Kubernetes moves the pods of a silent node after 300 s, and GKE repairs it after about ten minutes.
+    Category.NODE_LOST: 600.0,
     Category.CONTAINER_CONFIG: 60.0,
     # A registry that times out; kubelet backs off up to five minutes.
     Category.IMAGE_PULL: 300.0,
@@ -78,6 +81,11 @@ PATIENCE_S: Mapping[Category, float] = {
     Category.CONNECTION_REFUSED: 60.0,
 }
 """Seconds that a fault may heal by itself; what is not listed never does, and ends a wait at once."""
+
+HEALED_AFTER_S = 120.0
+"""A fault that was not seen for so long has healed, and starts with its whole patience when it comes back. Longer than
+what lies between two sightings of one that lasts: vLLM reads its weights about a minute after its start, and a pull
+that times out takes 30 s. Shorter than the pull of a 15 GB image that goes well for minutes and then fails."""
 
 
 class Diagnosis(Value):
@@ -90,6 +98,8 @@ class Diagnosis(Value):
     """The message that shows it, and where it was seen."""
     resolution: str
     """What to change, in terms of the spec's fields or as a command."""
+    suspected: bool = False
+    """From the log of a container that still runs: vLLM warns in the words of failures, so only its end proves it."""
 
     @property
     def patience_s(self) -> float:
@@ -107,6 +117,8 @@ class StartupObservation:
     pods: Sequence[Mapping[str, Any]] = ()
     events: Sequence[Mapping[str, Any]] = ()
     """Events about these pods and what creates them, oldest first."""
+    nodes: Sequence[Mapping[str, Any]] = ()
+    """The nodes of pods that are not ready."""
     logs: Mapping[str, str] = field(default_factory=dict)
     """The tail of each pod's log: of the running container, or of the last one that ended."""
     client_errors: Sequence[str] = ()
@@ -124,6 +136,7 @@ class StartupObservation:
 class _Source(StrEnum):
     LOG = "log"
     POD = "pod"
+    NODE = "node"
     EVENT = "event"
     CLIENT = "client"
 
@@ -160,19 +173,43 @@ class _Rule:
         )
 
 
+class FaultHistory:
+    """Since when each kind of fault lasts."""
+
+    def __init__(self) -> None:
+        self._first_seen_s: dict[Category, float] = {}
+        self._last_seen_s: dict[Category, float] = {}
+
+    def note(self, category: Category, now_s: float) -> float:
+        """Take in that the fault is there at `now_s`, on any clock; returns for how many seconds it has lasted."""
+        if now_s - self._last_seen_s.get(category, float("-inf")) > HEALED_AFTER_S:
+            self._first_seen_s[category] = now_s
+        self._last_seen_s[category] = now_s
+        return now_s - self._first_seen_s[category]
+
+
 def diagnose(observation: StartupObservation) -> Diagnosis | None:
     """The most telling explanation of what was observed, or None while nothing is wrong.
 
-    Rules come in the order of the causes: a message in the log explains the crash that Kubernetes reports.
+    Rules come in the order of the causes: a message in the log explains the crash that Kubernetes reports. What a
+    container that still runs has logged is a suspicion, and comes last.
     """
-    evidence = list(_evidence(observation))
+    found = _by_rule(_evidence(observation), observation) or _crash_loop(observation)
+    if found:
+        return found
+    suspected = _by_rule(_log_evidence(observation, of_running=True), observation)
+    return suspected and suspected.model_copy(update={"suspected": True})
+
+
+def _by_rule(items: Iterable[_Evidence], observation: StartupObservation) -> Diagnosis | None:
+    evidence = list(items)
     for rule in _RULES:
         # The newest evidence speaks first.
         for item in reversed(evidence):
             match = rule.match(item)
             if match:
                 return rule.diagnose(match, item, observation)
-    return _crash_loop(observation)
+    return None
 
 
 def diagnose_client_error(message: str, observation: StartupObservation | None = None) -> Diagnosis | None:
@@ -196,16 +233,45 @@ def _evidence(observation: StartupObservation) -> Iterator[_Evidence]:
         where = f"pod {pod['metadata']['name']}"
         for text in _pod_statements(pod, observation.events):
             yield _Evidence(_Source.POD, where, text)
+    for node in observation.nodes:
+        for text in _node_statements(node):
+            yield _Evidence(_Source.NODE, f"node {node['metadata']['name']}", text)
     if observation.missing_compute_class:
         yield _Evidence(_Source.POD, "cluster", f"compute class {observation.missing_compute_class} does not exist")
-    for name, log in observation.logs.items():
-        yield _Evidence(_Source.LOG, f"log of {name}", log)
+    yield from _log_evidence(observation, of_running=False)
     for message in observation.client_errors:
         yield _Evidence(_Source.CLIENT, "our call", message)
 
 
+def _log_evidence(observation: StartupObservation, *, of_running: bool) -> Iterator[_Evidence]:
+    running = {pod["metadata"]["name"] for pod in observation.pods if _is_running(pod)}
+    for name, log in observation.logs.items():
+        if (name in running) == of_running:
+            text = _complaints(log) if of_running else log
+            yield _Evidence(_Source.LOG, f"log of {name}", text)
+
+
+def is_complaint(line: str) -> bool:
+    """Whether a line of a log may tell of a fault: worth a look, and no proof."""
+    return _COMPLAINT.search(line) is not None
+
+
+_COMPLAINT = re.compile(r"rror|Exception|Forbidden|denied|does not have|does not exist|restricted|gated")
+
+
+def _complaints(log: str) -> str:
+    """The lines that can be of interest while all is well: a long log is looked at after every line that comes."""
+    return "\n".join(line for line in log.splitlines() if is_complaint(line))
+
+
+def _is_running(pod: Mapping[str, Any]) -> bool:
+    return any((container.get("state") or {}).get("running") for container in container_statuses(pod))
+
+
 _PLACING = frozenset({"FailedScheduling", "NotTriggerScaleUp", "FailedScaleUp"})
 _PREPARING = frozenset({"Failed", "BackOff", "FailedMount", "ErrImagePull", "InspectFailed"})
+_PULLS = frozenset({"Pulling", "Pulled"})
+_IMAGE_STATES = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"})
 
 
 def _is_history(
@@ -221,8 +287,18 @@ def _is_history(
     if reason in _PLACING:
         return _is_scheduled(pod) or (reason != "FailedScaleUp" and _node_is_coming(str(name), events))
     if reason in _PREPARING:
-        return any((container.get("state") or {}).get("running") for container in container_statuses(pod))
+        return _is_running(pod) or _is_pulled_anew(str(name), events)
     return False
+
+
+def _is_pulled_anew(pod_name: str, events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether kubelet is pulling, or has pulled, since the last failure to prepare the pod: it tries again by itself.
+
+    The container keeps the failure as its state until the pull has ended.
+    """
+    reasons = [event.get("reason") for event in events if (event.get("involvedObject") or {}).get("name") == pod_name]
+    last = next((reason for reason in reversed(reasons) if reason in _PREPARING | _PULLS), None)
+    return last in _PULLS
 
 
 def _is_scheduled(pod: Mapping[str, Any]) -> bool:
@@ -253,11 +329,20 @@ def _pod_statements(pod: Mapping[str, Any], events: Sequence[Mapping[str, Any]])
         unplaced = condition.get("type") == "PodScheduled" and condition.get("status") == "False"
         if unplaced and not _node_is_coming(pod["metadata"]["name"], events):
             yield f"{condition.get('reason')}: {condition.get('message') or ''}"
+    pulled_anew = _is_pulled_anew(pod["metadata"]["name"], events)
     for container in container_statuses(pod):
         for state in _telling_states(container):
+            if pulled_anew and state.get("reason") in _IMAGE_STATES:
+                continue
             if state.get("reason") or state.get("message"):
                 code = f" (exit code {state['exitCode']})" if "exitCode" in state else ""
                 yield f"{state.get('reason')}{code}: {state.get('message') or ''}"
+
+
+def _node_statements(node: Mapping[str, Any]) -> Iterator[str]:
+    for condition in (node.get("status") or {}).get("conditions") or []:
+        if condition["type"] == "Ready" and condition["status"] != "True":
+            yield f"NotReady: {condition.get('reason')}: {condition.get('message') or ''}"
 
 
 def _telling_states(container: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -421,10 +506,11 @@ def _bigger_disk(_: re.Match[str], observation: StartupObservation) -> str:
     size = f"{observation.weights_bytes / 2**30:.0f} GiB of weights" if observation.weights_bytes else "The weights"
     spec = observation.serving
     now = spec.accelerator.boot_disk_gib if spec else None
+    variable = spec.cache_variable if spec else "HF_HOME"
     disk = max(200, round(observation.weights_bytes * 2.5 / 2**30 / 50) * 50)
     return (
         f"{size} do not fit on the node's boot disk ({now or 100} GiB, of which 90 % are usable). Either cache in RAM:"
-        f" serving.env {{HF_HOME: /dev/shm/hf_cache}} with serving.resources.memory to match; or a larger boot disk:"
+        f" serving.env {{{variable}: /dev/shm/model}} with serving.resources.memory to match; or a larger boot disk:"
         f" serving.accelerator.boot_disk_gib: {disk} (Autopilot's ComputeClass) or"
         f" target.cluster.node_pool.boot_disk_gib: {disk} (Standard). Streaming with serving.load_format:"
         f" runai_streamer needs neither."
@@ -446,9 +532,9 @@ def _longer_probe(_: re.Match[str], observation: StartupObservation) -> str:
         return "Give the startup probe a higher failureThreshold: the model takes longer to load than it allows."
     budget_s = spec.startup_failure_threshold(observation.weights_bytes, period_s=1)
     return (
-        f"Loading {observation.weights_bytes / 1e9:.1f} GB took longer than the probe's {budget_s} s, which assume"
-        f" {spec.weights_bytes_per_s / 1e6:.0f} MB/s. Set serving.weights_bytes_per_s to"
-        f" {spec.weights_bytes_per_s / 2:.0f} (half), or load faster: serving.load_format: runai_streamer."
+        f"Loading {observation.weights_bytes / 1e9:.1f} GB took longer than the probe's {budget_s} s. Set"
+        f" serving.ready_timeout_s to {2 * budget_s} (twice that: the probe waits as long), or load faster:"
+        f" serving.load_format: runai_streamer with vLLM's own image."
     )
 
 
@@ -499,6 +585,14 @@ def _compute_class_advice(_: re.Match[str], observation: StartupObservation) -> 
     return (
         f"Apply the ComputeClass {name or 'that the pod selects'} (the plan holds it on Autopilot), or set"
         f" serving.accelerator.compute_class to one that `kubectl get computeclasses` lists."
+    )
+
+
+def _set_quota_project(_: re.Match[str], observation: StartupObservation) -> str:
+    project = observation.target.project if observation.target else "PROJECT_ID"
+    return (
+        f"Run `gcloud config set billing/quota_project {project}` and `gcloud auth application-default"
+        f" set-quota-project {project}`."
     )
 
 
@@ -678,6 +772,13 @@ _RULES: tuple[_Rule, ...] = (
         "The startup probe killed the container while it was still loading.",
         _longer_probe,
     ),
+    _rule(
+        Category.NODE_LOST,
+        "node",
+        r"^NotReady: (?P<why>.*)",
+        "The pod's node does not answer.",
+        "Kubernetes moves its pods after five minutes, and GKE repairs or replaces it; see `kubectl describe node`.",
+    ),
     # What never got to start.
     _rule(
         Category.IMAGE_FORBIDDEN,
@@ -709,7 +810,9 @@ _RULES: tuple[_Rule, ...] = (
         Category.EXECUTABLE_MISSING,
         "pod event log",
         r"(?:exec: \"(?P<file>[^\"]+)\": .*(?:no such file|not found|permission denied)"
-        r"|exec .*: no such file or directory|[Nn]o module named '?(?P<module>vllm[\w.]*))",
+        r"|exec .*: no such file or directory"
+        # Python's own words about `-m`; a module that vLLM itself misses is a warning of its.
+        r"|^\S*python[\d.]*: (?:No module named|Error while finding module specification for) '?vllm[\w.]*)",
         "The image has no such entry point.",
         "serving.command and serving.entrypoint belong to the image: `command: [./entrypoint.sh]` with `python -m"
         " vllm.entrypoints.api_server` for the tutorial's, `command: []` with `[vllm, serve]` for vLLM's own.",
@@ -717,7 +820,9 @@ _RULES: tuple[_Rule, ...] = (
     _rule(
         Category.CONTAINER_CONFIG,
         "pod event",
-        r"(?:CreateContainerConfigError|FailedMount): .*(?P<what>(?:secret|configmap) \"[^\"]+\" not found)",
+        # Kubernetes puts kube-root-ca.crt into a new namespace a moment after the first pod asks for it.
+        r"(?:CreateContainerConfigError|FailedMount): .*"
+        r"(?P<what>(?:secret|configmap) \"(?!kube-root-ca\.crt)[^\"]+\" not found)",
         "The container refers to something that does not exist: {what}.",
         "A rerun applies it; if it is not ours, create it or drop the reference from serving.env.",
     ),
@@ -809,27 +914,25 @@ _RULES: tuple[_Rule, ...] = (
         "client",
         r"(?:requires a quota project|PERMISSION_DENIED[\s\S]*quota project|quota project[\s\S]*PERMISSION_DENIED"
         r"|SERVICE_DISABLED[\s\S]*gkerecommender)",
-        "The call carries no quota project.",
-        lambda _, seen: (
-            f"gcloud config set billing/quota_project {seen.target.project if seen.target else 'PROJECT_ID'} and"
-            f" gcloud auth application-default set-quota-project"
-            f" {seen.target.project if seen.target else 'PROJECT_ID'}"
-        ),
+        "The call names no project that its quota is counted for.",
+        _set_quota_project,
     ),
     _rule(
         Category.SERVER_NOT_READY,
         "client",
         r"(?:Empty reply from server|Remote end closed connection without response|Server disconnected"
-        r"|Connection reset by peer|RemoteDisconnected)",
-        "The container accepts connections but does not answer yet.",
-        "It is still loading the model: wait for `Application startup complete.` in its log.",
+        r"|Connection aborted|Connection reset by peer|RemoteDisconnected|IncompleteRead)",
+        "Empty reply from server: the connection was closed without an answer.",
+        "The container may still be loading the model: look at the pod's log until it says `Connected` or `Application"
+        " startup complete.`, then repeat.",
     ),
     _rule(
         Category.CONNECTION_REFUSED,
         "client",
         r"(?:[Cc]onnection refused|Failed to establish a new connection|ConnectionRefusedError)",
-        "Nothing listens at the endpoint.",
-        "Start the port-forward again, and check that the Service has a ready pod (`kubectl get endpointslices`).",
+        "Connection refused: nothing listens at the endpoint.",
+        "Start the port-forward again (`kubectl port-forward svc/… 8080:8080`), and check that the Service has a ready"
+        " pod (`kubectl get endpointslices`).",
     ),
 )
 
@@ -847,15 +950,34 @@ def _crash_loop(observation: StartupObservation) -> Diagnosis | None:
         for ended in (state for container in container_statuses(pod) for state in _telling_states(container)):
             if not ended.get("exitCode"):
                 continue
-            name = pod["metadata"]["name"]
-            log = observation.logs.get(name) or ended.get("message") or ""
             return Diagnosis(
                 category=Category.CRASH_LOOP,
                 summary=f"The container exits with code {ended['exitCode']}.",
-                detail=f"log of {name}: {_last_error(log)}",
+                detail=_end_of_log(pod, ended, observation),
                 resolution="Read the log above; the line quoted is the last error in it.",
             )
+        for ended in _ended_without_error(pod):
+            return Diagnosis(
+                category=Category.CRASH_LOOP,
+                summary="The container ends by itself, with exit code 0: it runs no server.",
+                detail=_end_of_log(pod, ended, observation),
+                resolution="serving.command and serving.entrypoint must name a program that stays in the foreground:"
+                " `[./entrypoint.sh]` with the tutorial's arguments, or `[vllm, serve]` with an empty command.",
+            )
     return None
+
+
+def _ended_without_error(pod: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Ends with code 0 of containers that should run for ever: not those of a Job, nor init containers."""
+    if (pod.get("spec") or {}).get("restartPolicy", "Always") != "Always":
+        return
+    for container in (pod.get("status") or {}).get("containerStatuses") or []:
+        yield from (state for state in _telling_states(container) if state.get("exitCode") == 0)
+
+
+def _end_of_log(pod: Mapping[str, Any], ended: Mapping[str, Any], observation: StartupObservation) -> str:
+    name = pod["metadata"]["name"]
+    return f"log of {name}: {_last_error(observation.logs.get(name) or ended.get('message') or '')}"
 
 
 def _last_error(log: str) -> str:

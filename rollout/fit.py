@@ -8,11 +8,12 @@ fewer than `max_model_len` tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
 from rollout.accelerators import GIB, AcceleratorType
 from rollout.preflight import Check, failed, not_applicable, ok, unknown, warning
-from rollout.serving import ServingSpec
+from rollout.serving import ServingSpec, quantity_bytes
 from rollout.values import Value
 
 ACTIVATION_GIB = 4.0
@@ -24,9 +25,21 @@ BOOT_DISK_USABLE = 0.9
 
 DEFAULT_BOOT_DISK_GIB = 100
 
+MEMORY_MOUNT = "/dev/shm"  # the emptyDir of deployment.yaml
+SERVER_MEMORY_GIB = 16.0
+"""What the server itself needs beside a copy of the weights in memory; as `rollout.optimize` reckons."""
 
 FP8_FLAGS = ("--quantization=fp8", "--kv-cache-dtype=fp8")
 """vLLM's flags for weights and for a KV cache of one byte per value."""
+
+
+class WeightsCopy(StrEnum):
+    """Where a pod keeps a copy of the weights before vLLM reads them."""
+
+    NONE = "none"
+    """They are streamed from the bucket."""
+    DISK = "disk"
+    MEMORY = "memory"
 
 
 class ModelShape(Value):
@@ -183,18 +196,57 @@ def check_context_window(config: Mapping[str, Any], serving: ServingSpec) -> Che
     )
 
 
-def check_ephemeral_storage(weights_bytes: int, serving: ServingSpec, *, cached_on_disk: bool) -> Check:
-    """The 90 GiB trap: a model that is cached on the boot disk needs a larger disk, or a cache in memory."""
+def weights_copy(serving: ServingSpec, *, from_hub: bool) -> WeightsCopy:
+    """Where the image keeps the weights: the hub's cache and the tutorial's entry point make a local copy."""
+    if not (from_hub or serving.copies_weights):
+        return WeightsCopy.NONE
+    in_memory = serving.env.get(serving.cache_variable, "").startswith(MEMORY_MOUNT)
+    return WeightsCopy.MEMORY if in_memory else WeightsCopy.DISK
+
+
+def check_ephemeral_storage(
+    weights_bytes: int,
+    serving: ServingSpec,
+    copy: WeightsCopy,
+    *,
+    boot_disk_gib: int | None = DEFAULT_BOOT_DISK_GIB,
+) -> Check:
+    """The 90 GiB trap: a local copy needs a disk and a limit, or memory, that hold it; else the pod is evicted.
+
+    `boot_disk_gib` is the node's, None where it is not known: then only the pod's own limit counts.
+    """
     name = "fits on the boot disk"
-    if not cached_on_disk:
-        return not_applicable(name, "the weights are not cached on the node's disk")
-    disk_gib = serving.accelerator.boot_disk_gib or DEFAULT_BOOT_DISK_GIB
-    usable = disk_gib * GIB * BOOT_DISK_USABLE
-    if weights_bytes <= usable:
-        return ok(name, f"{weights_bytes / GIB:.1f} GiB of weights on {usable / GIB:.0f} GiB usable")
-    enough_gib = int(weights_bytes / GIB / BOOT_DISK_USABLE) + 20
+    size = f"{weights_bytes / GIB:.1f} GiB of weights"
+    if copy is WeightsCopy.NONE:
+        return not_applicable(name, "the weights are streamed, not copied to the node")
+    if copy is WeightsCopy.MEMORY:
+        return _check_memory_copy(name, size, weights_bytes, serving)
+    limit = quantity_bytes(serving.resources.ephemeral_storage)
+    usable = limit if boot_disk_gib is None else int(boot_disk_gib * GIB * BOOT_DISK_USABLE)
+    if weights_bytes <= min(limit, usable):
+        return ok(name, f"{size} on {usable / GIB:.0f} GiB usable, of which the pod may take {limit / GIB:.0f} GiB")
+    which = "usable" if usable < limit else "that serving.resources.ephemeral_storage allows"
+    disk_gib = int(weights_bytes / GIB / BOOT_DISK_USABLE) + 20
     return failed(
         name,
-        f"{weights_bytes / GIB:.1f} GiB of weights on {usable / GIB:.0f} GiB usable: the pod would be evicted",
-        f"Set env HF_HOME=/dev/shm/hf_cache, or accelerator.boot_disk_gib to {enough_gib}.",
+        f"{size} on {min(limit, usable) / GIB:.0f} GiB {which}: the pod would be evicted",
+        f"Cache in memory: serving.env {serving.cache_variable}={MEMORY_MOUNT}/model with serving.resources.memory"
+        f" {_memory_for(weights_bytes)}Gi; or on a larger disk: serving.accelerator.boot_disk_gib {disk_gib} (Standard:"
+        f" target.cluster.node_pool.boot_disk_gib) with serving.resources.ephemeral_storage"
+        f" {int(weights_bytes / GIB) + 10}Gi; or stream with vLLM's own image and serving.load_format runai_streamer.",
     )
+
+
+def _check_memory_copy(name: str, size: str, weights_bytes: int, serving: ServingSpec) -> Check:
+    memory = quantity_bytes(serving.resources.memory)
+    if weights_bytes + SERVER_MEMORY_GIB * GIB <= memory:
+        return ok(name, f"{size} are copied to memory: {memory / GIB:.0f} GiB")
+    return failed(
+        name,
+        f"{size} in {MEMORY_MOUNT} count as memory, of which the pod has {memory / GIB:.0f} GiB: it would be killed",
+        f"Raise serving.resources.memory to {_memory_for(weights_bytes)}Gi.",
+    )
+
+
+def _memory_for(weights_bytes: int) -> int:
+    return int(weights_bytes / GIB + SERVER_MEMORY_GIB) + 1

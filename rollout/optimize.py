@@ -31,7 +31,7 @@ from rollout.autoscaling import (
 )
 from rollout.curve import TARGET_UTILISATION
 from rollout.errors import BadInput
-from rollout.fit import DEFAULT_BOOT_DISK_GIB, check_ephemeral_storage
+from rollout.fit import DEFAULT_BOOT_DISK_GIB, WeightsCopy, check_ephemeral_storage
 from rollout.model_facts import ModelFacts
 from rollout.objects import (
     BOOT_DISK_CACHE_LIMIT_BYTES,
@@ -45,7 +45,7 @@ from rollout.objects import (
 from rollout.preflight import Check, CheckState, failed, ok
 from rollout.profiles import CHATBOT, Profile, Targets, use_case_named
 from rollout.rendering import KubernetesObject, read_manifests, render
-from rollout.serving import Accelerator, Resources, ServingSpec
+from rollout.serving import ENGINE_START_S, Accelerator, Resources, ServingSpec
 from rollout.sizing import Sizing, size_serving
 from rollout.universe import Universe
 from rollout.values import KubernetesName, RepoId, Value
@@ -72,8 +72,6 @@ XLA_FOLDER = "xla-cache"
 """Compiled graphs are kept at `xla-cache/<path of the weights>` of the bucket: beside the weights, because a folder
 among them breaks the model streamer."""
 
-GPU_ENGINE_START_S = 180.0
-"""`ServingSpec.startup_failure_threshold`'s own: profiling, compilation and graph capture."""
 TPU_ENGINE_START_S = 1800.0
 """vLLM's TPU guide: "the compilation time may take 20~30 minutes in the first run" (one XLA graph per shape)."""
 TPU_CACHED_START_S = 300.0
@@ -359,8 +357,9 @@ def _checks(
 ) -> tuple[Check, ...]:
     checks = []
     if storage is StorageBackend.HUB:
-        on_disk = not _caches_in_memory(request, facts)
-        checks.append(check_ephemeral_storage(facts.weights_bytes, serving, cached_on_disk=on_disk))
+        copy = WeightsCopy.MEMORY if _caches_in_memory(request, facts) else WeightsCopy.DISK
+        disk_gib = request.boot_disk_gib or DEFAULT_BOOT_DISK_GIB
+        checks.append(check_ephemeral_storage(facts.weights_bytes, serving, copy, boot_disk_gib=disk_gib))
     elif request.gke_version is not None:
         checks.append(check_gke_version(request.gke_version))
     return tuple(checks)
@@ -395,16 +394,16 @@ def _autoscaling(
     )
 
 
-def startup_s(facts: ModelFacts, serving: ServingSpec, engine_start_s: float = GPU_ENGINE_START_S) -> float:
+def startup_s(facts: ModelFacts, serving: ServingSpec, engine_start_s: float = ENGINE_START_S) -> float:
     """About how long a new replica takes until it serves: its node, its weights, the engine.
 
     300 s for a node: the middle of what GKE's documentation and users report for GPU machines.
     """
-    return 300.0 + serving.startup_failure_threshold(facts.weights_bytes, period_s=1, engine_start_s=engine_start_s)
+    return 300.0 + serving.loading_s(facts.weights_bytes) + engine_start_s
 
 
 def _first_engine_start_s(chip: AcceleratorType) -> float:
-    return TPU_ENGINE_START_S if chip.kind is AcceleratorKind.TPU else GPU_ENGINE_START_S
+    return TPU_ENGINE_START_S if chip.kind is AcceleratorKind.TPU else ENGINE_START_S
 
 
 def xla_cache_path(request: ManifestRequest, chip: AcceleratorType) -> str | None:
@@ -489,7 +488,7 @@ def _serving(
         reasoning_parser=parser,
         load_format="runai_streamer" if storage is StorageBackend.STREAMER else None,
         # The usual wait is for a GPU's engine.
-        ready_timeout_s=ready_timeout_s + _first_engine_start_s(chip) - GPU_ENGINE_START_S,
+        ready_timeout_s=ready_timeout_s + _first_engine_start_s(chip) - ENGINE_START_S,
         extra_args=tuple(extra),
     )
 

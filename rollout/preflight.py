@@ -181,7 +181,9 @@ def check_bucket_permissions(granted: Iterable[str], target: Target) -> Check:
 def check_billing(enabled: bool | None, target: Target) -> Check:
     if enabled is None:
         return unknown(
-            "billing", "the caller may not read the billing state", "Grant billing.resourceAssociations.list."
+            "billing",
+            "the billing state could not be read: no permission, or no answer",
+            "Grant billing.resourceAssociations.list.",
         )
     if enabled:
         return ok("billing", f"enabled for {target.project}")

@@ -119,7 +119,7 @@ def profiled_curve(
 
 def expected_startup_s(model: PinnedModel, serving: ServingSpec, policy: RolloutPolicy) -> float:
     """How long a new replica takes on a new node: node and image (`warm_up_lead_s`), then its weights."""
-    return policy.warm_up_lead_s + model.total_bytes / serving.weights_bytes_per_s
+    return policy.warm_up_lead_s + serving.loading_s(model.total_bytes)
 
 
 def autoscaler_of(

@@ -8,6 +8,7 @@ from rollout.benchmark import BenchmarkReport
 from rollout.critical_path import chain_sentence, gantt
 from rollout.dashboards import console_links
 from rollout.delivery import DeliveryReport
+from rollout.diagnosis import Diagnosis
 from rollout.objectives import Verdict
 from rollout.plan import RolloutPlan
 from rollout.preflight import CheckState
@@ -15,6 +16,7 @@ from rollout.record import RolloutReport, TeardownReport
 from rollout.report import StepStatus
 from rollout.stage import Percentiles
 from rollout.target import Approval
+from rollout.waterfall import Waterfall
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -56,6 +58,26 @@ def plan_markdown(plan: RolloutPlan) -> str:
     deadlines = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in plan.deadlines_s.items())
     parts.append(f"Deadlines: {deadlines}.")
     return "\n\n".join(parts) + "\n"
+
+
+def diagnosis_markdown(diagnosis: Diagnosis) -> str:
+    """What is wrong, what to do about it, and the message that shows it."""
+    certainty = "Suspected from the log of a container that still runs: " if diagnosis.suspected else ""
+    patience = f" It may heal by itself within {diagnosis.patience_s:.0f} s." if diagnosis.patience_s else ""
+    return (
+        f"## {diagnosis.category.value}: {diagnosis.summary}\n\n{certainty}{diagnosis.resolution}{patience}\n\n"
+        f"```\n{diagnosis.detail}\n```\n"
+    )
+
+
+def failed_start_markdown(
+    summary: str, diagnosis: Diagnosis | None, waterfalls: Sequence[Waterfall], log_tail: str
+) -> str:
+    """The diagnosis first, then how far each pod came, then the end of the logs."""
+    parts = [diagnosis_markdown(diagnosis) if diagnosis else f"## {summary}\n"]
+    parts += [f"### How far {waterfall.pod} came\n\n{waterfall.markdown}" for waterfall in waterfalls]
+    parts.append(f"### The end of the log\n\n```\n{log_tail}\n```\n" if log_tail else "No container has logged.\n")
+    return "\n".join(parts)
 
 
 def benchmark_markdown(report: BenchmarkReport) -> str:

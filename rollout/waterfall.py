@@ -207,6 +207,15 @@ def _engine(pod: Mapping[str, Any], log: Sequence[TimedLine], weights_bytes: int
         yield _Span(Stage.ENGINE, start, _ready_time(pod, log) or engine[0], detail)
 
 
+_LOADED_SHARE = re.compile(r"\d+% Completed|Downloading model|Model downloaded|KV cache size")
+_MILESTONES = (_LOADING, _WEIGHTS_TOOK, _MODEL_TOOK, _STREAMED, _COMPILED, _CAPTURED, _ENGINE, _STARTED, _LOADED_SHARE)
+
+
+def is_milestone(line: str) -> bool:
+    """Whether a line of a log tells that the start has come a step further."""
+    return any(pattern.search(line) for pattern in _MILESTONES)
+
+
 def _ready_time(pod: Mapping[str, Any], log: Sequence[TimedLine]) -> datetime | None:
     ready = _first(log, _STARTED)
     return ready[0] if ready else _condition_time(pod, "Ready")

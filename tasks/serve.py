@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from prefect import get_run_logger
 
 from rollout.clients.cluster import ClusterClient
-from rollout.clients.cluster_wait import LogLine, Progress, WaitReport
-from rollout.diagnosis import StartupObservation
+from rollout.clients.cluster_wait import FailedStart, LogLine, Progress, WaitReport
+from rollout.clients.first_token import with_first_token
+from rollout.diagnosis import Category, StartupObservation, is_complaint
 from rollout.ledger import APPLY_STEP
 from rollout.plan import RolloutPlan
 from rollout.report import Action, StepStatus
-from rollout.show import table
+from rollout.show import diagnosis_markdown, failed_start_markdown, table
+from rollout.waterfall import is_milestone
 from tasks.step import Artifact, Outcome, ProgressBar, step
 
 
@@ -38,39 +42,68 @@ def apply_manifests(plan: RolloutPlan) -> Outcome[None]:
 
 @step("wait until available", retries=1)
 def wait_until_available(plan: RolloutPlan) -> Outcome[WaitReport]:
-    """Watch the start; end early, with the diagnosis, when it cannot succeed."""
-    logger = get_run_logger()
-    bar = ProgressBar("start-up", f"Start of {plan.serving.name}")
-    shown: list[str] = []
-
-    def show(progress: Progress) -> None:
-        if progress.fraction_loaded is not None:
-            bar.update(progress.fraction_loaded * 100)
-        if [progress.message] != shown[-1:]:
-            shown.append(progress.message)
-            logger.info("%.0f s: %s", progress.elapsed_s, progress.message)
-
-    def follow(line: LogLine) -> None:
-        logger.debug("%s: %s", line.pod, line.text)
-
-    report = ClusterClient.connect(plan.target).wait_available(
-        plan.serving.name,
-        deadline_s=plan.deadlines_s["available"],
-        context=StartupObservation(
-            serving=plan.serving,
-            target=plan.target,
-            repo_id=plan.model.repo_id,
-            weights_uri=plan.weights_uri,
-            weights_bytes=plan.model.total_bytes,
-        ),
-        on_progress=show,
-        on_log=follow,
-    )
-    bar.update(100.0)
+    """Watch the start until one token has come back; end early, with the diagnosis, when it cannot succeed."""
+    watcher = _Watcher(plan.serving.name)
+    cluster = ClusterClient.connect(plan.target)
+    try:
+        available = cluster.wait_available(
+            plan.serving.name,
+            deadline_s=plan.deadlines_s["available"],
+            context=_context(plan),
+            on_progress=watcher.show,
+            on_log=watcher.follow,
+        )
+    except FailedStart as failure:
+        watcher.publish(failed_start_markdown(failure.summary, failure.diagnosis, failure.waterfalls, failure.log_tail))
+        raise
+    with cluster.endpoint(plan.serving.service_name) as base_url:
+        report = with_first_token(available, base_url, plan.serving.served_model_name)
+    watcher.bar.update(100.0)
     waterfalls = "\n\n".join(waterfall.markdown for waterfall in report.waterfalls)
     return Outcome(
         value=report,
-        summary=f"{len(report.pods)} pods available after {report.duration_s:.1f} s",
+        summary=f"{len(report.pods)} pods available after {report.duration_s:.1f} s, one token in"
+        f" {report.first_token_s:.2f} s",
         data=report.model_dump(mode="json"),
         artifact=Artifact("start-up-waterfall", f"Where the start of {plan.serving.name} spent its time", waterfalls),
     )
+
+
+def _context(plan: RolloutPlan) -> StartupObservation:
+    return StartupObservation(
+        serving=plan.serving,
+        target=plan.target,
+        repo_id=plan.model.repo_id,
+        weights_uri=plan.weights_uri,
+        weights_bytes=plan.model.total_bytes,
+    )
+
+
+class _Watcher:
+    """Tells people of a start under way: progress, the log lines that matter, and every fault at its first sight."""
+
+    def __init__(self, name: str) -> None:
+        self.bar = ProgressBar("start-up", f"Start of {name}")
+        self._name = name
+        self._logger = get_run_logger()
+        self._message = ""
+        self._told: set[tuple[Category, bool]] = set()
+
+    def show(self, progress: Progress) -> None:
+        if progress.fraction_loaded is not None:
+            self.bar.update(progress.fraction_loaded * 100)
+        if progress.message != self._message:
+            self._message = progress.message
+            self._logger.info("%.0f s: %s", progress.elapsed_s, progress.message)
+        fault = progress.diagnosis
+        if fault is not None and (fault.category, fault.suspected) not in self._told:
+            self._told.add((fault.category, fault.suspected))
+            self._logger.warning("%.0f s: %s %s", progress.elapsed_s, fault.category.value, fault.as_text())
+            self.publish(diagnosis_markdown(fault))
+
+    def follow(self, line: LogLine) -> None:
+        tells = is_milestone(line.text) or is_complaint(line.text)
+        self._logger.log(logging.INFO if tells else logging.DEBUG, "%s: %s", line.pod, line.text)
+
+    def publish(self, markdown: str) -> None:
+        Artifact("diagnosis", f"What keeps {self._name} from starting", markdown).publish()

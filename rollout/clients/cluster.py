@@ -31,6 +31,8 @@ from rollout.errors import (
     FieldConflict,
     ManifestRejected,
     NotFound,
+    PermissionMissing,
+    QuotaExceeded,
     RolloutError,
 )
 from rollout.objects import (
@@ -61,6 +63,9 @@ DELETE_DEADLINE_S = 600.0
 
 REVIEWS_AT_ONCE = 8
 """A plan asks for about sixty rights, a few milliseconds each: so they take half a second even over a far line."""
+
+_REFUSALS = (ManifestRejected, FieldConflict, NotFound, QuotaExceeded, PermissionMissing)
+"""What the API server may answer to an object; a preview collects them, to show all at once."""
 
 _SYSTEM_MADE = frozenset({"default", "kube-root-ca.crt"})
 """Objects that Kubernetes itself puts into every namespace."""
@@ -129,14 +134,14 @@ class ClusterClient:
     def preview(self, manifests: Sequence[KubernetesObject]) -> ApplyPreview:
         """Dry-run everything on the server, and compare with what is live.
 
-        Raises FieldConflict or ManifestRejected; if several objects are refused, one ManifestRejected names them all.
+        Raises the refusal; if several objects are refused, one ManifestRejected names them all.
         """
         diffs: list[ObjectDiff] = []
         refusals: list[RolloutError] = []
         for manifest in manifests:
             try:
                 diffs.append(self._dry_run(manifest, manifests))
-            except (ManifestRejected, FieldConflict, NotFound) as refusal:
+            except _REFUSALS as refusal:
                 refusals.append(_about(manifest, refusal))
         if len(refusals) == 1:
             raise refusals[0]
@@ -151,7 +156,7 @@ class ClusterClient:
             if diff.action in (Action.CREATED, Action.UPDATED):
                 try:
                     self._server_side_apply(self._wanted(manifest), dry_run=False)
-                except (ManifestRejected, FieldConflict, NotFound) as refusal:
+                except _REFUSALS as refusal:
                     raise _about(manifest, refusal) from refusal
             changes.append(diff.change)
         return tuple(changes)

@@ -7,6 +7,7 @@ they validate *answers* and would refuse a server that is newer than they are. V
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ import urllib3
 from kubernetes.client import ApiClient
 
 from rollout.clients.retrying import TRANSIENT_STATUSES, transient, wait_before_retry_s, with_retries
+from rollout.diagnosis import diagnose_client_error
 from rollout.errors import (
+    BadInput,
     ClusterUnreachable,
     FieldConflict,
     ManifestRejected,
     NotFound,
     PermissionMissing,
+    QuotaExceeded,
     RolloutError,
     TransientError,
 )
@@ -313,12 +317,14 @@ def _raise_status(status: int, data: bytes, path: str) -> NoReturn:
     causes = (answer.get("details") or {}).get("causes") or []
     if status == 410 or (status == 504 and "resource version" in message.lower()):
         raise VersionExpired(message, where=path)
-    if status in (401, 403) and not any(cause.get("reason") == "NamespaceTerminating" for cause in causes):
+    if status == 401:
         raise PermissionMissing(
             message,
             where=path,
-            resolution="Grant the verb that the message names; deployments/worker/serving/ holds all that are needed.",
+            resolution="The cluster does not accept the credentials: log in again, or correct the kubeconfig's user.",
         )
+    if status == 403 and not any(cause.get("reason") == "NamespaceTerminating" for cause in causes):
+        raise _denial(message, path)
     if status == 404:
         raise NotFound(message, where=path)
     if status == 409 and any(cause.get("reason") == "FieldManagerConflict" for cause in causes):
@@ -329,6 +335,30 @@ def _raise_status(status: int, data: bytes, path: str) -> NoReturn:
     if status in TRANSIENT_STATUSES or status == 403:
         raise transient(message, where=path)
     raise RolloutError(f"HTTP {status}: {message}", where=path)
+
+
+_BY_ADMISSION = re.compile(r"denied (?:the )?request|rejected the request|is forbidden: (?![Uu]ser )")
+
+
+def _denial(message: str, path: str) -> BadInput:
+    """Tell apart who says no, because the cures differ: a ResourceQuota, an admission policy, or RBAC and IAM."""
+    if "exceeded quota" in message:
+        return QuotaExceeded(
+            message,
+            where=path,
+            resolution="The namespace's ResourceQuota is used up: raise it, use another target.namespace, or tear down"
+            " a model there.",
+        )
+    if not _BY_ADMISSION.search(message):
+        return PermissionMissing(
+            message,
+            where=path,
+            resolution="Grant the caller roles/container.developer, or the RBAC verb that the message names:"
+            " deployments/worker/serving/ holds all that are needed.",
+        )
+    known = diagnose_client_error(message)
+    resolution = known.resolution if known else "An admission policy of the cluster asks for what the message names."
+    return ManifestRejected(message, where=path, resolution=resolution)
 
 
 def _status_of(data: bytes) -> dict[str, Any]:

@@ -18,7 +18,15 @@ from datetime import datetime
 from typing import Any
 
 from rollout.clients.cluster_api import QUIET_S, ClusterApi, Silence, Snapshot, Update
-from rollout.diagnosis import Category, Diagnosis, StartupObservation, container_statuses, diagnose, restarts
+from rollout.diagnosis import (
+    Category,
+    Diagnosis,
+    FaultHistory,
+    StartupObservation,
+    container_statuses,
+    diagnose,
+    restarts,
+)
 from rollout.errors import DeadlineExceeded, NotFound, PermissionMissing, RolloutError, StartupFailed, TransientError
 from rollout.rendering import KubernetesObject
 from rollout.values import Value
@@ -31,7 +39,7 @@ LOG_TAIL_LINES = 400
 MAX_RESTARTS = 3
 """A container that ended four times by the same fault is not going to start."""
 RECHECK_S = 5.0
-"""How often to ask whether a ComputeClass has appeared."""
+"""How often to ask for what is not watched: whether a ComputeClass has appeared, and how the pods' nodes are."""
 SETTLE_S = 1.0
 """A log line comes on another connection than the exit it explains: look again after this time before giving up."""
 START_LOG_BYTES = 1_000_000
@@ -67,35 +75,44 @@ class WaitReport(Value):
     duration_s: float
     pods: tuple[str, ...]
     waterfalls: tuple[Waterfall, ...]
-    """One for each pod; whoever gets the first token adds it with `Waterfall.with_first_token`."""
+    """One for each pod."""
     healed: tuple[Diagnosis, ...] = ()
     """Faults that were seen on the way and went away."""
+    first_token_s: float | None = None
+    """How long the first request took; None as long as nobody has asked."""
+
+    def with_first_token(self, at: datetime, took_s: float) -> WaitReport:
+        """The report with the last bar of each waterfall: ready is what has answered."""
+        waterfalls = tuple(waterfall.with_first_token(at) for waterfall in self.waterfalls)
+        return self.model_copy(update={"waterfalls": waterfalls, "first_token_s": took_s})
 
 
-class ServerDoesNotStart(StartupFailed):
-    """The model server cannot become available; carries the diagnosis and the end of the log."""
+class FailedStart(RolloutError):
+    """A start that did not become one, with what was seen of it."""
 
     diagnosis: Diagnosis | None = None
     log_tail: str = ""
+    """The end of each pod's log."""
+    waterfalls: tuple[Waterfall, ...] = ()
+    """How far each pod came."""
     old_pods_serving: tuple[str, ...] = ()
     """Pods of the previous revision that still answer."""
 
-    @classmethod
-    def because(cls, diagnosis: Diagnosis, where: str, log_tail: str, old_pods: Iterable[str]) -> ServerDoesNotStart:
-        pods = tuple(old_pods)
-        serving = f" The previous revision still serves: {', '.join(pods)}." if pods else ""
-        error = cls(diagnosis.summary, where=where, resolution=f"{diagnosis.resolution}\n{diagnosis.detail}{serving}")
-        error.diagnosis, error.log_tail, error.old_pods_serving = diagnosis, log_tail, pods
-        return error
-
     def __reduce__(self) -> tuple[object, ...]:
         # Prefect keeps failures by pickle.
-        facts = {key: getattr(self, key) for key in ("diagnosis", "log_tail", "old_pods_serving")}
-        return (_restored, (self.summary, self.where, self.resolution, facts))
+        return (_restored, (type(self), self.summary, self.where, self.resolution, self.__dict__))
 
 
-def _restored(summary: str, where: str, resolution: str, facts: dict[str, Any]) -> ServerDoesNotStart:
-    error = ServerDoesNotStart(summary, where=where, resolution=resolution)
+class ServerDoesNotStart(FailedStart, StartupFailed):
+    """The model server cannot become available; the summary is the diagnosis."""
+
+
+class StartTakesTooLong(FailedStart, DeadlineExceeded):
+    """The time is over, and nothing that could be seen was wrong."""
+
+
+def _restored(kind: type[FailedStart], summary: str, where: str, resolution: str, facts: dict[str, Any]) -> FailedStart:
+    error = kind(summary, where=where, resolution=resolution)
     error.__dict__.update(facts)
     return error
 
@@ -151,12 +168,15 @@ class StartupWait:
         self._seen = _Seen()
         self._read_runs: dict[str, str] = {}
         self._shown_runs: dict[str, str] = {}
-        self._first_seen: dict[Category, float] = {}
+        self._history = FaultHistory()
+        self._lasted_s = 0.0
         self._faults: dict[Category, Diagnosis] = {}
         self._last_message = ""
-        self._last_category: Category | None = None
+        self._last_fault: tuple[Category, bool] | None = None
         self._compute_class_asked_at = float("-inf")
         self._compute_class_exists = True
+        self._nodes_asked_at = float("-inf")
+        self._nodes: list[KubernetesObject] = []
         self._started = 0.0
         self._where = f"Deployment {namespace}/{name}"
 
@@ -219,23 +239,40 @@ class StartupWait:
         """The diagnosis, unless it is of a kind that the next message may explain away and has just appeared."""
         if diagnosis is None:
             return None
-        now = time.monotonic()
-        since = self._first_seen.setdefault(diagnosis.category, now)
-        if diagnosis.category in _EXPLAINED_LATER and now - since < SETTLE_S:
+        self._lasted_s = self._history.note(diagnosis.category, time.monotonic())
+        if diagnosis.category in _EXPLAINED_LATER and self._lasted_s < SETTLE_S:
             return None
         self._faults[diagnosis.category] = diagnosis
         return diagnosis
 
     def _judge(self, diagnosis: Diagnosis) -> None:
         """Raise if the fault will not heal, or has not healed for as long as its kind may take."""
+        if diagnosis.suspected:
+            return  # the startup probe ends a container that hangs; then the log is proof
         patience_s = diagnosis.patience_s * self._patience_factor
         if diagnosis.category is Category.CRASH_LOOP and self._most_restarts() >= MAX_RESTARTS:
             patience_s = 0.0
-        if time.monotonic() - self._first_seen[diagnosis.category] >= max(SETTLE_S, patience_s):
+        if self._lasted_s >= max(SETTLE_S, patience_s):
             raise self._failure(diagnosis)
 
-    def _failure(self, diagnosis: Diagnosis) -> ServerDoesNotStart:
-        return ServerDoesNotStart.because(diagnosis, self._where, self._log_tail(), self._old_pods())
+    def _failure(self, diagnosis: Diagnosis) -> FailedStart:
+        pods = self._old_pods()
+        serving = f" The previous revision still serves: {', '.join(pods)}." if pods else ""
+        resolution = f"{diagnosis.resolution}\n{diagnosis.detail}{serving}"
+        error = ServerDoesNotStart(diagnosis.summary, where=self._where, resolution=resolution)
+        error.diagnosis = diagnosis
+        return self._with_evidence(error)
+
+    def _with_evidence(self, error: FailedStart) -> FailedStart:
+        events, weights_bytes = self._events(), self._context.weights_bytes
+        error.log_tail, error.old_pods_serving = self._log_tail(), tuple(self._old_pods())
+        error.waterfalls = tuple(
+            read_waterfall(pod, events, self._lines_of(pod), weights_bytes=weights_bytes) for pod in self._new_pods()
+        )
+        return error
+
+    def _lines_of(self, pod: KubernetesObject) -> list[TimedLine]:
+        return list(self._seen.lines.get(pod["metadata"]["name"], ()))
 
     def _most_restarts(self) -> int:
         return max((restarts(pod) for pod in self._new_pods()), default=0)
@@ -243,28 +280,36 @@ class StartupWait:
     def _too_late(self, deadline_s: float, diagnosis: Diagnosis | None) -> RolloutError:
         if diagnosis:
             return self._failure(diagnosis)
-        return DeadlineExceeded(
+        slow = StartTakesTooLong(
             f"not available after {deadline_s:.0f} s; last seen: {self._last_message or 'nothing'}.",
             where=self._where,
             resolution="Nothing is wrong that could be seen: give it longer with serving.ready_timeout_s, or look at"
             " the waterfall for the slow stage.",
         )
+        return self._with_evidence(slow)
 
     def _observation(self) -> StartupObservation:
         pods = self._new_pods()
         names = {item["metadata"]["name"] for item in [*pods, *self._current_replica_sets()]}
         events = [event for event in self._events() if (event.get("involvedObject") or {}).get("name") in names]
-        logs = {pod["metadata"]["name"]: text for pod in pods if (text := self._telling_log(pod))}
+        logs = {name: "\n".join(line.text for line in self._seen.lines.get(name, ())) for name in names}
         missing = self._missing_compute_class(pods)
-        return replace(self._context, pods=pods, events=events, logs=logs, missing_compute_class=missing)
+        nodes = self._nodes_of(pods)
+        return replace(self._context, pods=pods, events=events, nodes=nodes, logs=logs, missing_compute_class=missing)
 
-    def _telling_log(self, pod: KubernetesObject) -> str:
-        """The tail of a pod's log, or nothing while it runs without complaint: no need to search it for faults then."""
-        lines = self._seen.lines.get(pod["metadata"]["name"], ())
-        healthy = any((container.get("state") or {}).get("running") for container in container_statuses(pod))
-        if healthy and not any("Error" in line.text for line in lines):
-            return ""
-        return "\n".join(line.text for line in lines)
+    def _nodes_of(self, pods: Iterable[KubernetesObject]) -> list[KubernetesObject]:
+        """The nodes of pods that are not ready. Asked at most every RECHECK_S."""
+        if time.monotonic() - self._nodes_asked_at > RECHECK_S:
+            self._nodes_asked_at = time.monotonic()
+            names = {pod["spec"].get("nodeName") for pod in pods if not _condition(pod, "Ready")} - {None}
+            self._nodes = [node for name in sorted(names) if (node := self._find_node(name))]
+        return self._nodes
+
+    def _find_node(self, name: str) -> KubernetesObject | None:
+        try:
+            return self._api.find(self._api.resource("v1", "Node").path(None, name))
+        except PermissionMissing:
+            return None  # who may not look does not know
 
     def _missing_compute_class(self, pods: Iterable[KubernetesObject]) -> str:
         """The ComputeClass that unplaced pods select, if there is none of that name. Asked at most every RECHECK_S."""
@@ -326,9 +371,9 @@ class StartupWait:
         message = "; ".join(_pod_progress(pod, self._events()) for pod in self._new_pods()) or "no pod yet"
         fraction = self._fraction_loaded()
         shown = f"{message} {fraction:.0%}" if fraction is not None else message
-        category = diagnosis.category if diagnosis else None
-        if (shown, category) != (self._last_message, self._last_category):
-            self._last_message, self._last_category = shown, category
+        fault = (diagnosis.category, diagnosis.suspected) if diagnosis else None
+        if (shown, fault) != (self._last_message, self._last_fault):
+            self._last_message, self._last_fault = shown, fault
             elapsed_s = time.monotonic() - self._started
             if self._on_progress:
                 self._on_progress(

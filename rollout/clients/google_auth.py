@@ -20,6 +20,7 @@ from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, Ref
 from google.auth.transport.requests import AuthorizedSession, Request
 
 from rollout.clients.retrying import TRANSIENT_STATUSES, transient
+from rollout.diagnosis import Category, diagnose_client_error
 from rollout.errors import (
     AlreadyExists,
     ApiDisabled,
@@ -191,10 +192,9 @@ _PERMISSION = re.compile(r"['\"](?P<permission>[a-zA-Z]+\.[a-zA-Z]+\.[a-zA-Z]+)[
 def _classify_denial(message: str, info: Mapping[str, Any], where: str) -> RolloutError:
     metadata = info.get("metadata", {})
     # First: Google gives a missing quota project the reason SERVICE_DISABLED too, and names a project of its own.
-    if "quota project" in message:
-        return PermissionMissing(
-            message, where=where, resolution="gcloud config set billing/quota_project PROJECT, then log in again."
-        )
+    known = diagnose_client_error(f"PERMISSION_DENIED: {message}")
+    if known and known.category is Category.QUOTA_PROJECT:
+        return PermissionMissing(message, where=where, resolution=known.resolution)
     if info.get("reason") == "SERVICE_DISABLED":
         service = metadata.get("service", "the API")
         project = metadata.get("consumer", "projects/PROJECT").rpartition("/")[2]

@@ -25,11 +25,18 @@ from rollout.clients.iam import (
 )
 from rollout.clients.projects import Projects
 from rollout.clients.records import RecordStore
+from rollout.clients.retrying import with_retries
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import read_provenance
 from rollout.delivery import DeliveryStrategy
 from rollout.errors import ApiDisabled, CheckpointInvalid, PermissionMissing, RolloutError, TransientError
-from rollout.fit import check_context_window, check_ephemeral_storage, check_memory
+from rollout.fit import (
+    DEFAULT_BOOT_DISK_GIB,
+    check_context_window,
+    check_ephemeral_storage,
+    check_memory,
+    weights_copy,
+)
 from rollout.layout import CHAT_TEMPLATES, CONFIG, INDEX, TOKENIZER_CONFIG
 from rollout.ledger import standing
 from rollout.model import PinnedModel
@@ -75,10 +82,10 @@ class _Observer:
             self.checks.append(preflight.failed(name, why, error.resolution))
 
     def optional(self, ask: Callable[[], Any]) -> Any:
-        """The answer, or None where the caller may not ask: the check then says unknown."""
+        """The answer, or None where the caller may not ask or nobody answers: the check then says unknown."""
         try:
-            return ask()
-        except (PermissionMissing, ApiDisabled):
+            return with_retries(ask, attempts=LOOK_ATTEMPTS)
+        except (PermissionMissing, ApiDisabled, TransientError):
             return None
 
 
@@ -421,8 +428,12 @@ def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hu
     observer.checks.append(_check_checkpoint(model, observer.target, hub_token))
     observer.checks.append(check_memory(weights_bytes, config, serving, accelerator(serving.accelerator.type)))
     observer.checks.append(check_context_window(config, serving))
+    copy = weights_copy(serving, from_hub=WEIGHTS_SOURCE is WeightsSource.HUB)
+    # What is copied is the whole folder, not the weights alone.
     observer.checks.append(
-        check_ephemeral_storage(weights_bytes, serving, cached_on_disk=caches_on_disk(serving, WEIGHTS_SOURCE))
+        check_ephemeral_storage(
+            model.total_bytes, serving, copy, boot_disk_gib=_boot_disk_gib(serving, observer.target)
+        )
     )
 
 
@@ -444,9 +455,13 @@ def _check_checkpoint(model: PinnedModel, target: Target, hub_token: str | None)
     return preflight.ok(name, f"all {len(shards)} shards of the index are there")
 
 
-def caches_on_disk(serving: ServingSpec, source: WeightsSource) -> bool:
-    """Whether the image copies the weights to the node's disk: the hub's cache does, the model streamer does not."""
-    return source is WeightsSource.HUB and not serving.env.get("HF_HOME", "").startswith("/dev/shm")
+def _boot_disk_gib(serving: ServingSpec, target: Target) -> int | None:
+    """The boot disk of the nodes that the pods get; None for nodes that somebody else made."""
+    if target.cluster.mode is ClusterMode.KUBECONFIG:
+        return None
+    if uses_compute_class(serving, target) or target.cluster.node_pool is None:
+        return serving.accelerator.boot_disk_gib or DEFAULT_BOOT_DISK_GIB
+    return target.cluster.node_pool.boot_disk_gib
 
 
 def has_chat_template(model: PinnedModel, serving: ServingSpec, target: Target, hub_token: str | None) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 
+from rollout.diagnosis import diagnose_client_error
 from rollout.errors import BadInput, RolloutError, SmokeFailed
 from rollout.prompts import calibrate
 from rollout.smoke import (
@@ -173,20 +174,9 @@ class OpenAiApi:
 def explain(error: requests.RequestException, base_url: str) -> SmokeFailed:
     """A connection error in the tutorial's terms."""
     text = str(error)
-    if "refused" in text:
-        return SmokeFailed(
-            "Connection refused: nothing listens there.",
-            where=base_url,
-            resolution="Check that the port-forward is running (`kubectl port-forward svc/… 8080:8080`) and that a pod"
-            " is ready.",
-        )
-    if any(sign in text for sign in ("RemoteDisconnected", "Connection aborted", "reset by peer", "IncompleteRead")):
-        return SmokeFailed(
-            "Empty reply from server: the connection was closed without an answer.",
-            where=base_url,
-            resolution="The container may not have finished loading the model. Look at the pod's log until it says"
-            " `Connected` or `Application startup complete`, then repeat.",
-        )
+    known = diagnose_client_error(text)
+    if known:
+        return SmokeFailed(known.summary, where=base_url, resolution=known.resolution)
     if isinstance(error, requests.Timeout):
         return SmokeFailed(
             f"no answer in time: {text}.",

@@ -15,6 +15,7 @@ from google.cloud import gkerecommender_v1 as giq
 
 from rollout.clients.google_auth import REQUEST_TIMEOUT_S, client_options, credentials_for, google_errors
 from rollout.cost import PricingModel
+from rollout.diagnosis import Category, StartupObservation, diagnose_client_error
 from rollout.errors import BadInput, NotFound, PermissionMissing, RolloutError
 from rollout.profile_formats import pricing_named
 from rollout.profiles import (
@@ -232,15 +233,13 @@ class Recommender:
             with google_errors(f"{SERVICE}: {what}"):
                 yield
         except PermissionMissing as error:
-            if "quota project" not in error.summary:
+            known = diagnose_client_error(
+                f"PERMISSION_DENIED: {error.summary}", StartupObservation(target=self._target)
+            )
+            if known is None or known.category is not Category.QUOTA_PROJECT:
                 raise
             raise PermissionMissing(
-                f"the call names no project that its quota is counted for: {error.summary}",
-                where=error.where,
-                resolution=(
-                    f"Run `gcloud config set billing/quota_project {self._target.project}` and"
-                    f" `gcloud auth application-default set-quota-project {self._target.project}`."
-                ),
+                f"{known.summary} {error.summary}", where=error.where, resolution=known.resolution
             ) from error
         except NotFound as error:
             raise NotFound(

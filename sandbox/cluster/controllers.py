@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from sandbox.cluster.defaults import NAME_ALPHABET
 from sandbox.cluster.errors import ApiError
-from sandbox.cluster.events import NORMAL, Recorder
+from sandbox.cluster.events import NORMAL, WARNING, Recorder
 from sandbox.cluster.quantity import percentage_or_number
 from sandbox.cluster.registry import FOREGROUND, ORPHAN, Deletion, Registry, Writer
 from sandbox.cluster.resources import (
@@ -216,11 +216,16 @@ class ReplicaSetController(Controller):
         metadata = replica_set["metadata"]
         pod = pod_from_template(replica_set["spec"]["template"], f"{metadata['name']}-")
         pod["metadata"]["ownerReferences"] = [owner_reference(REPLICA_SET, replica_set)]
-        created = self.registry.create(POD, pod, metadata["namespace"], Writer(MANAGER))
+        try:
+            created = self.registry.create(POD, pod, metadata["namespace"], Writer(MANAGER))
+        except ApiError as error:
+            if not (error.details or {}).get("causes"):  # a namespace that goes away is no news
+                self._tell(replica_set, "FailedCreate", f"Error creating: {error.message}", WARNING)
+            raise
         self._tell(replica_set, "SuccessfulCreate", f"Created pod: {created['metadata']['name']}")
 
-    def _tell(self, replica_set: Object, reason: str, message: str) -> None:
-        self.recorder.record(REPLICA_SET, replica_set, NORMAL, reason, message, component="replicaset-controller")
+    def _tell(self, replica_set: Object, reason: str, message: str, kind: str = NORMAL) -> None:
+        self.recorder.record(REPLICA_SET, replica_set, kind, reason, message, component="replicaset-controller")
 
     def _write_status(self, replica_set: Object, pods: list[Object]) -> None:
         active = [pod for pod in pods if pod_active(pod)]

@@ -113,6 +113,13 @@ def namespace_terminating(group: str, resource: str, name: str, namespace: str) 
     return ApiError(403, "Forbidden", message, _target(group, resource, name) | {"causes": [cause.as_dict()]})
 
 
+def denied(group: str, resource: str, name: str, why: str) -> ApiError:
+    """403 by admission: a webhook speaks for itself, the API server's own plugins say what is forbidden."""
+    own_words = why.startswith("admission webhook")
+    message = why if own_words else f'{qualified(group, resource)} "{name}" is forbidden: {why}'
+    return ApiError(403, "Forbidden", message, _target(group, resource, name))
+
+
 def apply_conflict(message: str, causes: list[Cause]) -> ApiError:
     return ApiError(409, "Conflict", message, {"causes": [cause.as_dict() for cause in causes]})
 

@@ -49,6 +49,8 @@ class Deletion:
 class Registry:
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.denied: dict[str, str] = {}
+        """Plural of a resource -> why admission denies new objects of it."""
         self._addresses = itertools.count(10)
 
     def get(self, resource: Resource, namespace: str, name: str) -> dict[str, Any]:
@@ -63,6 +65,7 @@ class Registry:
         metadata = obj.setdefault("metadata", {})
         self._name(resource, metadata, namespace)
         self._require_namespace(resource, metadata["name"], namespace)
+        self._admit(resource, metadata["name"])
         if not resource.custom and resource.kind not in _STATUS_ON_CREATE:
             obj.pop("status", None)
         metadata.pop("managedFields", None)
@@ -189,6 +192,7 @@ class Registry:
         obj["metadata"]["name"] = name
         self._name(resource, obj["metadata"], namespace)
         self._require_namespace(resource, name, namespace)
+        self._admit(resource, name)
         self._stamp(resource, obj)
         apply_defaults(resource, obj)
         if resource.kind == "Namespace":
@@ -268,6 +272,10 @@ class Registry:
         # Events may still be told while their namespace goes away, or nobody would learn why it hangs.
         if holder["metadata"].get("deletionTimestamp") and resource.kind != "Event":
             raise errors.namespace_terminating(resource.group, resource.plural, name, namespace)
+
+    def _admit(self, resource: Resource, name: str) -> None:
+        if resource.plural in self.denied:
+            raise errors.denied(resource.group, resource.plural, name, self.denied[resource.plural])
 
     def _stamp(self, resource: Resource, obj: dict[str, Any]) -> None:
         metadata = obj["metadata"]

@@ -285,6 +285,10 @@ class KubernetesServer(LoopbackServer):
     def allow_pulls(self, image_prefix: str) -> None:
         self.agent_settings.failing_pulls.pop(image_prefix, None)
 
+    def deny(self, plural: str, why: str) -> None:
+        """Admission denies new objects of the resource, in the words of a webhook or of a ResourceQuota."""
+        self._registry.denied[plural] = why
+
     def remove_nodes(self, names: Sequence[str]) -> None:
         """Machines are taken away, as when their cluster is deleted: nodes and pods go at once."""
 

@@ -1,8 +1,9 @@
 """What a container of the cluster tests runs: behaves as its first argument says.
 
 `serve [SECONDS]` logs like vLLM, loads for SECONDS, then answers HTTP; `crash TEXT…` prints and exits with code 1;
-`crash-once FILE TEXT…` does so only the first time; `exit CODE` exits; `fill BYTES` reports so much local disk;
-`hang` never becomes ready. Like vLLM it stops at once on SIGTERM, whatever it is answering.
+`crash-once FILE TEXT…` does so only the first time; `warn TEXT…` prints and then serves; `exit CODE` exits;
+`fill BYTES` reports so much local disk; `hang` never becomes ready. Like vLLM it stops at once on SIGTERM,
+whatever it is answering.
 """
 
 from __future__ import annotations
@@ -108,6 +109,9 @@ def main(mode: str, *arguments: str) -> None:
     elif mode == "crash-once":
         Path(arguments[0]).touch()
         mode, arguments = "crash", arguments[1:]
+    if mode == "warn":
+        print(*arguments, sep="\n", flush=True)
+        mode, arguments = "serve", ("3.0",)
     if mode == "serve":
         serve(float(arguments[0]) if arguments else 0.0)
     if mode == "crash":

@@ -29,7 +29,7 @@ from kubernetes.client import ApiClient, Configuration
 
 from rollout.clients.cluster import ClusterClient, NodeRoom
 from rollout.clients.cluster_api import ClusterApi
-from rollout.clients.cluster_wait import LogLine, Progress, ServerDoesNotStart
+from rollout.clients.cluster_wait import LogLine, Progress, ServerDoesNotStart, StartTakesTooLong
 from rollout.clients.gke import Gke
 from rollout.diagnosis import Category, StartupObservation
 from rollout.errors import (
@@ -39,6 +39,8 @@ from rollout.errors import (
     FieldConflict,
     ManifestRejected,
     NotFound,
+    PermissionMissing,
+    QuotaExceeded,
 )
 from rollout.model import ModelFile, PinnedModel
 from rollout.objects import INSTANCE_LABEL, ownership_labels, serving_objects
@@ -408,6 +410,63 @@ def test_all_refusals_are_named_at_once(client: ClusterClient) -> None:
         client.preview([one, other])
 
 
+WARDEN = (
+    'admission webhook "warden-validating.common-webhooks.networking.gke.io" denied the request: GKE Warden rejected'
+    " the request because it violates one or more constraints."
+)
+QUOTA = "exceeded quota: models, requested: count/services=1, used: count/services=2, limited: count/services=2"
+
+
+@pytest.mark.parametrize(
+    ("why", "error", "resolution"),
+    [
+        (QUOTA, QuotaExceeded, "tear down a model there"),
+        (WARDEN, ManifestRejected, "serving.resources within the limits"),
+        ('violates PodSecurity "restricted:latest": runAsNonRoot != true', ManifestRejected, "admission policy"),
+    ],
+)
+def test_a_quota_and_an_admission_policy_are_no_missing_permission(
+    server: KubernetesServer, breakable: ClusterClient, why: str, error: type[Exception], resolution: str
+) -> None:
+    server.deny("services", why)
+    breakable.apply([namespace_of(breakable)])
+    with pytest.raises(error, match=resolution) as caught:
+        breakable.preview([service(breakable)])
+    assert not isinstance(caught.value, PermissionMissing)
+    assert "Service" in str(caught.value)
+
+
+def test_the_preview_names_a_quota_beside_the_other_refusals(
+    server: KubernetesServer, breakable: ClusterClient
+) -> None:
+    server.deny("services", QUOTA)
+    breakable.apply([namespace_of(breakable)])
+    wrong = program(breakable, "serve")
+    wrong["spec"]["template"]["spec"]["containers"][0]["imagee"] = "x"
+    with pytest.raises(ManifestRejected, match=r"(?s)imagee.*exceeded quota: models"):
+        breakable.preview([wrong, service(breakable)])
+
+
+def test_credentials_that_the_cluster_does_not_accept_are_not_a_missing_role(tmp_path: Path) -> None:
+    with start_sandbox(tmp_path, token="secret") as server:
+        wrong = Configuration(host=server.url, api_key={"authorization": "Bearer wrong"})
+        api = ClusterApi(ApiClient(wrong), attempts=1)
+        with pytest.raises(PermissionMissing, match="log in again"):
+            api.get("/api/v1/namespaces")
+
+
+@pytest.mark.parametrize(("why", "category"), [(QUOTA, Category.QUOTA_EXCEEDED), (WARDEN, Category.AUTOPILOT_LIMIT)])
+def test_pods_that_admission_refuses_end_the_wait(
+    server: KubernetesServer, breakable: ClusterClient, why: str, category: Category
+) -> None:
+    server.deny("pods", why)
+    start(breakable, "serve")
+    with pytest.raises(ServerDoesNotStart) as caught:
+        breakable.wait_available("web", deadline_s=DEADLINE_S, patience_factor=0.0)
+    assert caught.value.diagnosis is not None
+    assert caught.value.diagnosis.category is category
+
+
 def test_a_kind_that_the_cluster_does_not_know_is_named(client: ClusterClient) -> None:
     unknown = {"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "x"}}
     with pytest.raises(NotFound, match=r"knows no Thing \(example\.com/v1\)"):
@@ -525,6 +584,10 @@ def test_the_failure_survives_being_stored(running: ClusterClient) -> None:
         running.wait_available("web", deadline_s=DEADLINE_S)
     restored = pickle.loads(pickle.dumps(caught.value))
     assert (str(restored), restored.diagnosis) == (str(caught.value), caught.value.diagnosis)
+    assert [waterfall.pod for waterfall in restored.waterfalls] == [
+        waterfall.pod for waterfall in caught.value.waterfalls
+    ]
+    assert restored.waterfalls
 
 
 def test_a_crash_that_nobody_knows_ends_the_wait_after_some_restarts(running: ClusterClient) -> None:
@@ -533,6 +596,20 @@ def test_a_crash_that_nobody_knows_ends_the_wait_after_some_restarts(running: Cl
         running.wait_available("web", deadline_s=DEADLINE_S)
     assert caught.value.diagnosis is not None
     assert caught.value.diagnosis.category is Category.CRASH_LOOP
+
+
+def test_a_server_that_ends_without_an_error_ends_the_wait_after_some_restarts(running: ClusterClient) -> None:
+    start(running, "exit", "0")
+    with pytest.raises(ServerDoesNotStart, match="exit code 0"):
+        running.wait_available("web", deadline_s=DEADLINE_S)
+
+
+def test_a_warning_that_reads_like_a_failure_is_told_and_does_not_end_the_wait(running: ClusterClient) -> None:
+    start(running, "warn", "WARNING: CUDA driver version is insufficient, RuntimeError ignored")
+    progress: list[Progress] = []
+    report = running.wait_available("web", deadline_s=DEADLINE_S, on_progress=progress.append)
+    assert report.pods
+    assert {step.diagnosis.suspected for step in progress if step.diagnosis} == {True}
 
 
 def test_a_fault_that_heals_in_time_is_reported_and_forgiven(running: ClusterClient, tmp_path: Path) -> None:
@@ -569,10 +646,28 @@ def test_a_compute_class_that_does_not_exist_is_named(running: ClusterClient) ->
     assert "nothing-like-it" in str(caught.value)
 
 
+def test_a_node_that_dies_under_the_start_is_named(server: KubernetesServer, breakable: ClusterClient) -> None:
+    start(breakable, "hang")
+    lost = threading.Event()
+
+    def lose_the_node(step: Progress) -> None:
+        if "starting" in step.message and not lost.is_set():
+            lost.set()
+            pods = breakable.api.get(f"/api/v1/namespaces/{breakable.target.namespace}/pods")["items"]
+            server.agent_settings.node_loss_s = DEADLINE_S
+            server.lose_node(pods[0]["spec"]["nodeName"])
+
+    with pytest.raises(ServerDoesNotStart, match="node does not answer"):
+        breakable.wait_available("web", deadline_s=DEADLINE_S, on_progress=lose_the_node, patience_factor=0.0)
+
+
 def test_a_start_that_takes_too_long_ends_at_the_deadline_and_says_what_was_seen(running: ClusterClient) -> None:
     start(running, "hang")
-    with pytest.raises(DeadlineExceeded, match="starting"):
-        running.wait_available("web", deadline_s=2.0)
+    with pytest.raises(DeadlineExceeded, match="starting") as caught:
+        running.wait_available("web", deadline_s=5.0)
+    slow = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(slow, StartTakesTooLong)
+    assert Stage.SCHEDULING in {stage.stage for waterfall in slow.waterfalls for stage in waterfall.stages}
 
 
 def test_a_failed_update_leaves_the_old_pod_serving_and_says_so(running: ClusterClient) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.artifacts import Artifact as PublishedArtifact
 
 from flows.rollout_model import rollout_model
 from flows.teardown_model import teardown_model
@@ -70,6 +71,9 @@ def test_rollout_rerun_and_teardown_tell_the_whole_story(stage: Stage) -> None:
     assert first.weights is not None
     assert all(file.sha256 for file in first.weights.files if file.path.endswith(".safetensors"))
     assert first.weights.bytes_sent >= first.weights.total_bytes
+    assert first.startup is not None
+    (waterfall,) = first.startup["waterfalls"]
+    assert waterfall["stages"][-1]["stage"] == "first token"
 
     rerun = rollout_model(stage.request(), report_file=str(stage.folder / "rerun.json"))
     assert rerun.changed_nothing
@@ -135,6 +139,10 @@ def test_a_failed_start_is_diagnosed_and_torn_down(stage: Stage) -> None:
     assert record["verdict"] == "failed"
     assert "no-such-image" in record["error"]
     assert Gke(stage.target).get() is None
+    shown = PublishedArtifact.get("diagnosis")
+    assert shown is not None
+    assert str(shown.data).startswith("## image not found: The image does not exist.")
+    assert "### How far" in str(shown.data)
 
 
 def test_a_wrong_flag_ends_in_the_preflight_with_the_nearest_one(stage: Stage) -> None:

@@ -8,11 +8,19 @@ trackers of vLLM, Argo Workflows, huggingface/Google-Cloud-Containers, cluster-a
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rollout.diagnosis import Category, StartupObservation, diagnose, diagnose_client_error
+from rollout.diagnosis import (
+    HEALED_AFTER_S,
+    Category,
+    FaultHistory,
+    StartupObservation,
+    diagnose,
+    diagnose_client_error,
+)
 from rollout.serving import ServingSpec
 from rollout.target import Cluster, ClusterMode, Target
 from rollout.universe import Universe
@@ -289,7 +297,7 @@ MESSAGES = [
                 )
             ],
         ),
-        "HF_HOME: /dev/shm/hf_cache",
+        "LOCAL_MODEL_DIR: /dev/shm/model",
     ),
     (
         Category.EPHEMERAL_STORAGE,
@@ -302,7 +310,7 @@ MESSAGES = [
             event("Unhealthy", "Startup probe failed: dial tcp 10.0.0.1:8080: connect: connection refused"),
             event("Killing", "Container inference-server failed startup probe, will be restarted"),
         ),
-        "Set serving.weights_bytes_per_s to 100000000 (half)",
+        "Set serving.ready_timeout_s to 3600 (twice that",
     ),
     # Images
     (
@@ -350,6 +358,14 @@ MESSAGES = [
         "serving.entrypoint",
     ),
     (
+        Category.EXECUTABLE_MISSING,
+        crashed(
+            "/opt/venv/bin/python3: Error while finding module specification for 'vllm.entrypoints.api_server'"
+            " (ModuleNotFoundError: No module named 'vllm')"
+        ),
+        "serving.entrypoint",
+    ),
+    (
         Category.CONTAINER_CONFIG,
         waiting("CreateContainerConfigError", 'secret "vllm-hf-token" not found'),
         "A rerun applies it",
@@ -371,6 +387,29 @@ MESSAGES = [
             " requests.nvidia.com/gpu=4, limited: requests.nvidia.com/gpu=4"
         ),
         "target.namespace",
+    ),
+    # The node
+    (
+        Category.NODE_LOST,
+        dataclasses.replace(
+            CONTEXT,
+            nodes=[
+                {
+                    "metadata": {"name": "gk3-node-1"},
+                    "status": {
+                        "conditions": [
+                            {
+                                "type": "Ready",
+                                "status": "Unknown",
+                                "reason": "NodeStatusUnknown",
+                                "message": "Kubelet stopped posting node status.",
+                            }
+                        ]
+                    },
+                }
+            ],
+        ),
+        "kubectl describe node",
     ),
     # Pods without a node
     (
@@ -480,8 +519,8 @@ MESSAGES = [
         "serving.resources",
     ),
     # Our own calls
-    (Category.SERVER_NOT_READY, called("curl: (52) Empty reply from server"), "Application startup complete."),
-    (Category.SERVER_NOT_READY, called("aiohttp.ServerDisconnectedError: Server disconnected"), "still loading"),
+    (Category.SERVER_NOT_READY, called("curl: (52) Empty reply from server"), "`Application startup complete.`"),
+    (Category.SERVER_NOT_READY, called("aiohttp.ServerDisconnectedError: Server disconnected"), "still be loading"),
     (
         Category.CONNECTION_REFUSED,
         called("curl: (7) Failed to connect to 127.0.0.1 port 8080 after 0 ms: Connection refused"),
@@ -543,6 +582,100 @@ def test_a_pod_that_found_its_node_is_no_longer_unschedulable() -> None:
     placed = pod({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]})
     scheduling = event("FailedScheduling", "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
     assert diagnose(dataclasses.replace(CONTEXT, pods=[placed], events=[scheduling])) is None
+
+
+RUNNING = {"containerStatuses": [{"state": {"running": {"startedAt": "2026-11-22T20:00:00Z"}}}]}
+RECORDED = Path(__file__).with_name("recordings") / "vllm-0.32-start.txt"
+MISSING_EXTENSION = (
+    'WARNING 11-22 20:09:55 [interface.py:221] Failed to import from vllm._C: ModuleNotFoundError("No module named'
+    " 'vllm._C'\")"
+)
+
+
+def test_the_recorded_log_of_a_good_start_is_no_fault_at_any_moment() -> None:
+    lines = [MISSING_EXTENSION, *RECORDED.read_text(encoding="utf-8").splitlines()]
+    for count in range(1, len(lines) + 1):
+        running = dataclasses.replace(CONTEXT, pods=[pod(RUNNING)], logs={"pod-1": "\n".join(lines[:count])})
+        assert diagnose(running) is None
+
+
+def test_a_module_that_vllm_warns_about_does_not_explain_a_crash() -> None:
+    diagnosis = diagnose(crashed(f"{MISSING_EXTENSION}\nZeroDivisionError: division by zero"))
+    assert diagnosis is not None
+    assert diagnosis.category is Category.CRASH_LOOP
+
+
+def test_what_a_running_container_logs_is_only_a_suspicion_until_it_ends() -> None:
+    log = "RuntimeError: CUDA driver version is insufficient for CUDA runtime version"
+    suspected = diagnose(dataclasses.replace(CONTEXT, pods=[pod(RUNNING)], logs={"pod-1": log}))
+    proven = diagnose(crashed(log))
+    assert suspected is not None
+    assert proven is not None
+    assert (suspected.category, suspected.suspected) == (Category.GPU_DRIVER, True)
+    assert (proven.category, proven.suspected) == (Category.GPU_DRIVER, False)
+
+
+def test_a_suspicion_does_not_hide_what_is_certain() -> None:
+    other = {"metadata": {"name": "pod-2", "uid": "2"}, "status": {"phase": "Pending"}}
+    observation = dataclasses.replace(
+        CONTEXT,
+        pods=[pod(RUNNING), other],
+        logs={"pod-1": "CUDA out of memory"},
+        events=[event("FailedScheduling", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", name="pod-2")],
+    )
+    diagnosis = diagnose(observation)
+    assert diagnosis is not None
+    assert diagnosis.category is Category.NO_GPU_NODE
+
+
+PULL_FAILED = event("Failed", PULL.format("vllm:1", "Unknown", "dial tcp 1.2.3.4:443: i/o timeout"))
+PULL_WAITS = event("BackOff", 'Back-off pulling image "vllm:1"')
+PULLING = event("Pulling", 'Pulling image "vllm:1"')
+
+
+def test_a_pull_under_way_is_not_judged_by_the_one_before() -> None:
+    backing_off = {"state": {"waiting": {"reason": "ImagePullBackOff", "message": PULL_FAILED["message"]}}}
+    waits = pod({"phase": "Pending", "containerStatuses": [backing_off]})
+    failed = dataclasses.replace(CONTEXT, pods=[waits], events=[PULLING, PULL_FAILED, PULL_WAITS])
+    again = dataclasses.replace(failed, events=[*failed.events, PULLING])
+    diagnosis = diagnose(failed)
+    assert diagnosis is not None
+    assert diagnosis.category is Category.IMAGE_PULL
+    assert diagnose(again) is None
+    assert diagnose(dataclasses.replace(again, events=[*again.events, PULL_FAILED])) is not None
+
+
+def test_the_root_certificate_that_comes_a_moment_later_is_no_fault() -> None:
+    failed = 'MountVolume.SetUp failed for volume "kube-api-access-x2k" : configmap "{}" not found'
+    assert diagnose(pending(event("FailedMount", failed.format("kube-root-ca.crt")))) is None
+    diagnosis = diagnose(pending(event("FailedMount", failed.format("settings"))))
+    assert diagnosis is not None
+    assert diagnosis.category is Category.CONTAINER_CONFIG
+
+
+ENDED = {"state": {"waiting": BACK_OFF}, "lastState": {"terminated": {"exitCode": 0, "reason": "Completed"}}}
+
+
+def test_a_server_that_ends_without_an_error_is_a_crash_loop_too() -> None:
+    diagnosis = diagnose(dataclasses.replace(CONTEXT, pods=[pod({"containerStatuses": [ENDED]})]))
+    assert diagnosis is not None
+    assert diagnosis.category is Category.CRASH_LOOP
+    assert "serving.entrypoint" in diagnosis.resolution
+
+
+def test_jobs_and_init_containers_may_end_without_an_error() -> None:
+    of_job = pod({"containerStatuses": [{"state": ENDED["lastState"]}]}) | {"spec": {"restartPolicy": "Never"}}
+    prepared = pod({"initContainerStatuses": [{"state": ENDED["lastState"]}]})
+    assert diagnose(dataclasses.replace(CONTEXT, pods=[of_job, prepared])) is None
+
+
+def test_a_fault_lasts_from_its_first_sight_and_begins_anew_once_it_had_healed() -> None:
+    history = FaultHistory()
+    assert history.note(Category.IMAGE_PULL, 10.0) == 0.0
+    assert history.note(Category.STOCK_OUT, 20.0) == 0.0
+    assert history.note(Category.IMAGE_PULL, 10.0 + HEALED_AFTER_S) == HEALED_AFTER_S
+    assert history.note(Category.IMAGE_PULL, 400.0) == 0.0
+    assert history.note(Category.IMAGE_PULL, 430.0) == 30.0
 
 
 def test_a_crash_that_a_restart_may_have_healed_is_not_reported_while_it_runs() -> None:

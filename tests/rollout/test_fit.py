@@ -3,10 +3,19 @@
 import pytest
 
 from rollout.accelerators import GIB, accelerator
+from rollout.catalog import load_model
 from rollout.errors import BadInput
-from rollout.fit import check_context_window, check_ephemeral_storage, check_memory, memory_fit, model_shape
+from rollout.fit import (
+    WeightsCopy,
+    check_context_window,
+    check_ephemeral_storage,
+    check_memory,
+    memory_fit,
+    model_shape,
+    weights_copy,
+)
 from rollout.preflight import CheckState
-from rollout.serving import Accelerator, ServingSpec
+from rollout.serving import ServingSpec
 
 LLAMA_8B = {
     "num_hidden_layers": 32,
@@ -90,20 +99,63 @@ def test_a_context_window_beyond_the_models_own_is_refused(length: int | None, s
 
 
 @pytest.mark.parametrize(
-    ("weights_gib", "boot_disk_gib", "state"),
-    [(89, None, CheckState.OK), (91, None, CheckState.FAILED), (91, 200, CheckState.OK)],
+    ("weights_gib", "boot_disk_gib", "storage", "state"),
+    [
+        (79, 100, "80Gi", CheckState.OK),
+        (81, 100, "80Gi", CheckState.FAILED),
+        (89, 100, "200Gi", CheckState.OK),
+        (91, 100, "200Gi", CheckState.FAILED),
+        (140, 100, "80Gi", CheckState.FAILED),
+        (140, 300, "200Gi", CheckState.OK),
+        (140, None, "200Gi", CheckState.OK),
+        (140, None, "80Gi", CheckState.FAILED),
+    ],
 )
-def test_the_ninety_gib_trap(weights_gib: int, boot_disk_gib: int | None, state: CheckState) -> None:
-    serving = spec(accelerator=Accelerator(boot_disk_gib=boot_disk_gib).model_dump())
-    check = check_ephemeral_storage(weights_gib * GIB, serving, cached_on_disk=True)
+def test_the_ninety_gib_trap(weights_gib: int, boot_disk_gib: int | None, storage: str, state: CheckState) -> None:
+    serving = spec(resources={"ephemeral_storage": storage})
+    check = check_ephemeral_storage(weights_gib * GIB, serving, WeightsCopy.DISK, boot_disk_gib=boot_disk_gib)
     assert check.state is state
     if state is CheckState.FAILED:
-        assert "HF_HOME=/dev/shm/hf_cache" in check.resolution
+        assert "LOCAL_MODEL_DIR=/dev/shm/model" in check.resolution
         assert "boot_disk_gib" in check.resolution
 
 
+@pytest.mark.parametrize(("memory", "state"), [("160Gi", CheckState.OK), ("150Gi", CheckState.FAILED)])
+def test_a_copy_in_memory_counts_as_memory(memory: str, state: CheckState) -> None:
+    serving = spec(env={"LOCAL_MODEL_DIR": "/dev/shm/model"}, resources={"memory": memory})
+    check = check_ephemeral_storage(140 * GIB, serving, weights_copy(serving, from_hub=False))
+    assert check.state is state
+    if state is CheckState.FAILED:
+        assert "serving.resources.memory to 157Gi" in check.resolution
+
+
 def test_streamed_weights_need_no_disk() -> None:
-    assert check_ephemeral_storage(500 * GIB, spec(), cached_on_disk=False).state is CheckState.NOT_APPLICABLE
+    assert check_ephemeral_storage(500 * GIB, spec(), WeightsCopy.NONE).state is CheckState.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "from_hub", "copy"),
+    [
+        ({}, False, WeightsCopy.DISK),
+        ({"load_format": "runai_streamer"}, False, WeightsCopy.DISK),  # its entry point copies all the same
+        ({"env": {"LOCAL_MODEL_DIR": "/dev/shm/model"}}, False, WeightsCopy.MEMORY),
+        ({"command": (), "load_format": "runai_streamer"}, False, WeightsCopy.NONE),
+        ({"command": ()}, True, WeightsCopy.DISK),
+        ({"command": (), "env": {"HF_HOME": "/dev/shm/hf_cache"}}, True, WeightsCopy.MEMORY),
+    ],
+)
+def test_where_the_image_keeps_the_weights(changes: dict[str, object], from_hub: bool, copy: WeightsCopy) -> None:
+    assert weights_copy(spec(**changes), from_hub=from_hub) is copy
+
+
+@pytest.mark.parametrize(
+    ("preset", "weights_bytes"), [("gemma-4-26b-a4b-it", 52_000_000_000), ("gemma-4-31b-it", 62_500_000_000)]
+)
+def test_both_gemma_presets_fit_on_the_tutorials_disk(preset: str, weights_bytes: int) -> None:
+    serving = load_model(preset).serving
+    check = check_ephemeral_storage(weights_bytes, serving, weights_copy(serving, from_hub=False))
+    assert check.state is CheckState.OK
+    assert "90 GiB usable" in check.why
 
 
 def test_unknown_accelerator_suggests_the_nearest() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from rollout.serving import ServingSpec
+from rollout.serving import ServingSpec, quantity_bytes
 from tests.rollout.tutorial import TUTORIAL_ARGUMENTS
 
 ENTRYPOINT = ["python", "-m", "vllm.entrypoints.api_server"]
@@ -43,7 +43,24 @@ def test_impossible_specs_are_refused(changes: dict[str, object], message: str) 
         ServingSpec.model_validate({"served_model_name": "m", **changes})
 
 
-@pytest.mark.parametrize(("gigabytes", "probes"), [(0, 18), (52, 44), (62, 49)])
-def test_startup_budget_grows_with_the_weights(gigabytes: int, probes: int) -> None:
-    # 180 s of engine start and gigabytes / 0.2 GB/s of loading, in probes of 10 s.
-    assert ServingSpec(served_model_name="m").startup_failure_threshold(int(gigabytes * 1e9)) == probes
+@pytest.mark.parametrize(
+    ("gigabytes", "command", "probes"),
+    [
+        # The tutorial's wait of 1800 s, in probes of 10 s.
+        (0, ("./entrypoint.sh",), 180),
+        (62, ("./entrypoint.sh",), 180),
+        # 180 s of engine start and 200 GB at 0.2 GB/s, once to copy and once to load, or once to stream.
+        (200, ("./entrypoint.sh",), 218),
+        (400, (), 218),
+    ],
+)
+def test_the_startup_probe_outlasts_the_wait_and_every_pass_over_the_weights(
+    gigabytes: int, command: tuple[str, ...], probes: int
+) -> None:
+    spec = ServingSpec(served_model_name="m", command=command)
+    assert spec.startup_failure_threshold(int(gigabytes * 1e9)) == probes
+
+
+@pytest.mark.parametrize(("quantity", "number"), [("80Gi", 80 * 2**30), ("1.5G", 1_500_000_000), ("100", 100)])
+def test_a_quantity_is_a_number(quantity: str, number: int) -> None:
+    assert quantity_bytes(quantity) == number

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rollout.waterfall import Stage, TimedLine, read_waterfall, timed_line
+from rollout.waterfall import Stage, TimedLine, is_milestone, read_waterfall, timed_line
 
 CREATED = datetime(2026, 11, 22, 20, 0, 0, tzinfo=UTC)
 
@@ -102,6 +102,20 @@ def test_stages_without_a_trace_are_left_out() -> None:
     waterfall = read_waterfall(pod(2.0, 3.0), [], [])
     assert [stage.stage for stage in waterfall.stages] == [Stage.SCHEDULING]
     assert read_waterfall({"metadata": {"name": "p", "creationTimestamp": stamp(0)}}, [], []).stages == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "tells"),
+    [
+        (LOG.splitlines()[1], True),
+        (LOG.splitlines()[2], True),
+        (LOG.splitlines()[-1], True),
+        ("Downloading model from gs://b/p to /tmp/model_dir/b/p.", True),
+        ("(APIServer pid=2560) INFO 11-22 20:10:31 [launcher.py:195] Route: /docs, Methods: HEAD, GET", False),
+    ],
+)
+def test_the_lines_that_tell_how_far_the_start_is(line: str, tells: bool) -> None:
+    assert is_milestone(line) is tells
 
 
 def test_a_log_line_carries_the_nodes_nanoseconds() -> None:
