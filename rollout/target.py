@@ -10,6 +10,8 @@ from pydantic import Field, StringConstraints
 from rollout.universe import Universe
 from rollout.values import BucketName, KubernetesName, ServiceAccountId, Value
 
+HUGGING_FACE = "https://huggingface.co"
+
 
 class ClusterMode(StrEnum):
     AUTOPILOT = "autopilot"
@@ -110,7 +112,7 @@ class Target(Value):
 
     @property
     def hub_endpoint(self) -> str:
-        return self.endpoints.hub or "https://huggingface.co"
+        return self.endpoints.hub or HUGGING_FACE
 
     def endpoint(self, service: str) -> str:
         """Base address (no trailing slash) of a Google API for this target, e.g. `endpoint("storage")`."""

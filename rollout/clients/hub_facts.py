@@ -8,14 +8,14 @@ from rollout.clients.hub import HubClient
 from rollout.errors import CheckpointInvalid
 from rollout.model import ModelRef
 from rollout.model_facts import ModelFacts
-from rollout.target import Target
+from rollout.target import HUGGING_FACE, Target
 
 WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
 def facts_from_hub(repo_id: str, target: Target | None, *, token: str | None = None) -> ModelFacts:
     """Ask the target's hub, or huggingface.co. Raises what `HubClient.pin` raises, and CheckpointInvalid."""
-    hub = HubClient(target.hub_endpoint if target else "https://huggingface.co", token)
+    hub = HubClient(target.hub_endpoint if target else HUGGING_FACE, token)
     pinned = hub.pin(ModelRef(repo_id=repo_id))
     file = next((each for each in pinned.files if each.path == "config.json"), None)
     if file is None:
