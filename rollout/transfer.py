@@ -136,6 +136,14 @@ class Progress(Value):
     def share(self) -> float:
         return self.bytes_done / self.bytes_total if self.bytes_total else 1.0
 
+    @property
+    def text(self) -> str:
+        """For people: bytes, rate and time left."""
+        left = "starting" if self.seconds_left is None else f"{self.seconds_left:.0f} s left"
+        return (
+            f"{self.bytes_done / 1e9:.2f} of {self.bytes_total / 1e9:.2f} GB, {self.bytes_per_s / 1e6:.0f} MB/s, {left}"
+        )
+
 
 class Source(StrEnum):
     """Where the bytes of a file came from."""

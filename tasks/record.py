@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger
-from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 
@@ -18,7 +17,7 @@ from rollout.record import RolloutReport, Verdict
 from rollout.report import StepReport, utc_now
 from rollout.show import report_markdown
 from rollout.target import Target
-from tasks.step import Story
+from tasks.step import Artifact, Story
 
 _VERDICTS: dict[type[BaseException], Verdict] = {
     ObjectivesMissed: Verdict.OBJECTIVES_MISSED,
@@ -94,6 +93,4 @@ def recorded(target: Target, report_file: str | None, *, earlier: RolloutReport 
             record.keep(verdict=Verdict.DONE)
     finally:
         record.close()
-        create_markdown_artifact(
-            markdown=report_markdown(record.report), key="rollout-report", description="The rollout, step by step"
-        )
+        Artifact("rollout-report", "The rollout, step by step", markdown=report_markdown(record.report)).publish()

@@ -40,33 +40,34 @@ def apply_manifests(plan: RolloutPlan) -> Outcome[None]:
 def wait_until_available(plan: RolloutPlan) -> Outcome[WaitReport]:
     """Watch the start; end early, with the diagnosis, when it cannot succeed."""
     logger = get_run_logger()
-    bar = ProgressBar("start-up", f"Start of {plan.serving.name}")
     shown: list[str] = []
-
-    def show(progress: Progress) -> None:
-        if progress.fraction_loaded is not None:
-            bar.update(progress.fraction_loaded * 100)
-        if [progress.message] != shown[-1:]:
-            shown.append(progress.message)
-            logger.info("%.0f s: %s", progress.elapsed_s, progress.message)
 
     def follow(line: LogLine) -> None:
         logger.debug("%s: %s", line.pod, line.text)
 
-    report = ClusterClient.connect(plan.target).wait_available(
-        plan.serving.name,
-        deadline_s=plan.deadlines_s["available"],
-        context=StartupObservation(
-            serving=plan.serving,
-            target=plan.target,
-            repo_id=plan.model.repo_id,
-            weights_uri=plan.weights_uri,
-            weights_bytes=plan.model.total_bytes,
-        ),
-        on_progress=show,
-        on_log=follow,
-    )
-    bar.update(100.0)
+    with ProgressBar("start-up", f"Start of {plan.serving.name}") as bar:
+
+        def show(progress: Progress) -> None:
+            if progress.fraction_loaded is not None:
+                bar.update(progress.fraction_loaded * 100, progress.message)
+            if [progress.message] != shown[-1:]:
+                shown.append(progress.message)
+                logger.info("%.0f s: %s", progress.elapsed_s, progress.message)
+
+        report = ClusterClient.connect(plan.target).wait_available(
+            plan.serving.name,
+            deadline_s=plan.deadlines_s["available"],
+            context=StartupObservation(
+                serving=plan.serving,
+                target=plan.target,
+                repo_id=plan.model.repo_id,
+                weights_uri=plan.weights_uri,
+                weights_bytes=plan.model.total_bytes,
+            ),
+            on_progress=show,
+            on_log=follow,
+        )
+        bar.update(100.0)
     waterfalls = "\n\n".join(waterfall.markdown for waterfall in report.waterfalls)
     return Outcome(
         value=report,
