@@ -1,4 +1,4 @@
-"""Cloud Storage: buckets, small objects, listings, leftovers. Bulk uploads are in `rollout.clients.multipart`."""
+"""Cloud Storage: buckets, small objects, listings, leftovers. Bulk uploads are in `rollout.clients.uploads`."""
 
 from __future__ import annotations
 
