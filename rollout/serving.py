@@ -6,6 +6,7 @@ The defaults are the tutorial's for Gemma 4 on one H100 (`vllm-4-26b-a4b-it.yaml
 from __future__ import annotations
 
 import math
+import re
 from enum import StrEnum
 from typing import Annotated
 
@@ -17,6 +18,9 @@ TUTORIAL_IMAGE = "us-docker.pkg.dev/vertex-ai/vertex-vision-model-garden-dockers
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
 """A Kubernetes quantity."""
+
+
+_VLLM_TAG = re.compile(r"vllm-openai:v(\d+\.\d+\.\d+)")
 
 
 class UpdateStrategy(StrEnum):
@@ -112,6 +116,12 @@ class ServingSpec(Value):
                 f" with {self.accelerator.machine_gpu_count} GPUs"
             )
         return self
+
+    @property
+    def vllm_release(self) -> str | None:
+        """`0.32.0`, if the image's tag tells it: vLLM's own images do, others (the tutorial's) do not."""
+        tag = _VLLM_TAG.search(self.image)
+        return tag[1] if tag else None
 
     def vllm_args(self, model_uri: str) -> list[str]:
         """The container's arguments for weights at `model_uri`, in the tutorial's order."""

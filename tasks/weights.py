@@ -76,9 +76,9 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
 
 
 @step("check layout")
-def check_weights_layout(target: Target, uri: str) -> Outcome[LayoutReport]:
+def check_weights_layout(target: Target, uri: str, vllm_release: str | None) -> Outcome[LayoutReport]:
     """config.json at the model path, every shard of the index, tokenizer; nothing that a model server trips over."""
-    report = check_layout(target, uri)
+    report = check_layout(target, uri, vllm_release=vllm_release)
     require_valid(report)
     return Outcome(
         value=report,

@@ -30,6 +30,9 @@ METADATA_ATTEMPTS = 5
 READ_BYTES = 2**20
 """Between two looks at progress and the stop signal."""
 
+DOCUMENT_LIMIT_BYTES = 64 * 2**20
+"""The largest index that we know of (1 TB of weights in small experts) has 15 MB; a config.json a few kilobytes."""
+
 _MAX_REDIRECTS = 5
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 """What content delivery networks answer to a signed link whose time has passed."""
@@ -92,6 +95,29 @@ class HubClient:
 
     def open(self, pinned: PinnedModel, file: ModelFile) -> HubFile:
         return HubFile(self, pinned, file)
+
+    def read(self, pinned: PinnedModel, file: ModelFile) -> bytes:
+        """A small file (config.json, an index) whole.
+
+        Raises:
+            CheckpointInvalid: it is too large to be one.
+            TransientError, RepositoryGated, RepositoryNotFound, TransferFailed.
+        """
+        source = self.open(pinned, file)
+        if file.size_bytes > DOCUMENT_LIMIT_BYTES:
+            raise errors.CheckpointInvalid(
+                f"it has {file.size_bytes:,} bytes, more than any such file.",
+                where=source.where,
+                resolution="Look at it on the hub, and choose another revision.",
+            )
+
+        def ask() -> bytes:
+            content = bytearray(file.size_bytes)
+            for _ in source.read(0, memoryview(content)):
+                pass
+            return bytes(content)
+
+        return with_retries(ask, attempts=METADATA_ATTEMPTS) if file.size_bytes else b""
 
     def resolve_url(self, pinned: PinnedModel, path: str) -> str:
         return f"{self.endpoint}/{pinned.repo_id}/resolve/{pinned.commit_sha}/{quote(path)}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rollout import preflight
+from rollout import layout, preflight
 from rollout.accelerators import AcceleratorKind, accelerator
 from rollout.autoscaling import check_metrics_adapter
 from rollout.capacity import GpuRoom, check_surge, gpus_per_node
@@ -41,9 +40,6 @@ from rollout.target import ClusterMode, IdentityMode, NodePool, Target
 
 WEIGHTS_SOURCE = WeightsSource.BUCKET
 """Where the pods of a rollout load from: what it has put there itself, and proven."""
-
-_CONFIG_LIMIT_BYTES = 4 * 2**20
-"""A config.json has a few kilobytes."""
 
 LOOK_ATTEMPTS = 3
 """Somebody waits for the plan: an API server that does not answer within seconds is a finding, not a reason to wait."""
@@ -112,7 +108,7 @@ def observe(
     observer.checks.append(preflight.check_trial(live.model if live else None, removes_itself=trial))
     if _autoscaler_among(objects) is not None:
         _check_adapter(observer, there=preview is not None)
-    _check_fit(observer, model, serving, hub_token)
+    _check_checkpoint(observer, model, serving, hub_token)
     return Observation(**observer.found, checks=tuple(observer.checks))
 
 
@@ -358,10 +354,21 @@ def _check_spec(observer: _Observer, serving: ServingSpec, hub_token: str | None
     ]
 
 
-def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hub_token: str | None) -> None:
+def _check_checkpoint(observer: _Observer, model: PinnedModel, serving: ServingSpec, hub_token: str | None) -> None:
+    """Whether the commit is whole and fits on the accelerator: from its small files, before anything is moved."""
+    with observer.asking("checkpoint"):
+        documents = read_documents(model, observer.target, hub_token)
+        where = f"{model.repo_id}@{model.short_sha}"
+        config = layout.parse_config(documents.get(layout.CONFIG), where)
+        sizes = {file.path: file.size_bytes for file in model.files}
+        report = layout.check(where, sizes, documents, {}, vllm_release=serving.vllm_release)
+        observer.checks.append(layout.check_checkpoint(report))
+        observer.found["checkpoint_config"] = config
+        _check_fit(observer, model, serving, config)
+
+
+def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, config: Mapping[str, Any]) -> None:
     weights_bytes = sum(file.size_bytes for file in model.files if file.path.endswith(".safetensors"))
-    config = read_config(model, observer.target, hub_token)
-    observer.found["checkpoint_config"] = config
     observer.checks.append(check_memory(weights_bytes, config, serving, accelerator(serving.accelerator.type)))
     observer.checks.append(check_context_window(config, serving))
     observer.checks.append(
@@ -374,11 +381,7 @@ def caches_on_disk(serving: ServingSpec, source: WeightsSource) -> bool:
     return source is WeightsSource.HUB and not serving.env.get("HF_HOME", "").startswith("/dev/shm")
 
 
-def read_config(model: PinnedModel, target: Target, hub_token: str | None) -> Mapping[str, Any]:
-    """The model's config.json, from the hub at the pinned commit."""
-    file = next(file for file in model.files if file.path == "config.json")
-    content = bytearray(min(file.size_bytes, _CONFIG_LIMIT_BYTES))
-    for _ in HubClient(target.hub_endpoint, hub_token).open(model, file).read(0, memoryview(content)):
-        pass
-    config: dict[str, Any] = json.loads(content)
-    return config
+def read_documents(model: PinnedModel, target: Target, hub_token: str | None) -> dict[str, bytes]:
+    """Those of the files that tell of the others (config.json, the index, …) that the commit has, from the hub."""
+    hub = HubClient(target.hub_endpoint, hub_token)
+    return {file.path: hub.read(model, file) for file in model.files if file.path in layout.DOCUMENTS}

@@ -221,9 +221,21 @@ def test_a_checkpoint_without_a_shard_is_refused(stage: Stage) -> None:
     missing = remove_shard(folder)
     HubStore(stage.cloud.hub_root).publish("tests/broken", folder)
     stage.model_file.write_text(stage.model_file.read_text().replace("tests/tiny-model", "tests/broken"))
-    with pytest.raises(BadInput, match=missing):
-        rollout_model(stage.request(teardown=Teardown.ON_FAILURE))
+    with pytest.raises(PreflightFailed, match=missing):
+        rollout_model(stage.request())
     nothing_was_made(stage)
+    assert not StorageClient(stage.target).bucket_exists()
+
+
+def test_a_configuration_that_is_damaged_is_refused_before_anything_is_made(stage: Stage) -> None:
+    folder = tiny_model(stage.folder / "broken")
+    (folder / "config.json").write_text('{"architectures": [')
+    HubStore(stage.cloud.hub_root).publish("tests/damaged", folder)
+    stage.write_model(repo_id="tests/damaged")
+    with pytest.raises(PreflightFailed, match=r"checkpoint: tests/damaged@\w+: config.json is not a JSON object"):
+        rollout_model(stage.request())
+    nothing_was_made(stage)
+    assert not StorageClient(stage.target).bucket_exists()
 
 
 def test_a_name_that_kubernetes_refuses_is_refused_before_it_is_asked(stage: Stage) -> None:
