@@ -36,7 +36,8 @@ class IdentityMode(StrEnum):
 
 class WeightsLayout(StrEnum):
     ROOT = "root"
-    """The tutorial's: one bucket per model, `gs://bucket/config.json`."""
+    """The tutorial's: one bucket per model, `gs://bucket/config.json`. A new commit's names replace the old one's one
+    by one: a pod that starts within these seconds can read files of both."""
     CONTENT_ADDRESSED = "content-addressed"
     """`gs://bucket/<organisation>/<name>/<commit>/`: revisions side by side, a live prefix is never overwritten."""
 
