@@ -15,7 +15,7 @@ from typing import Any
 
 from rollout import preflight
 from rollout.errors import CheckpointInvalid, LayoutInvalid
-from rollout.selection import RESERVED_FOLDER
+from rollout.selection import RESERVED_FOLDER, belongs_to_a_model
 from rollout.transfer import WORK_FOLDER
 from rollout.values import Value
 from rollout.vllm_architectures import ARCHITECTURES, VLLM_VERSION
@@ -413,6 +413,21 @@ class _Checker:
         unfinished = [path for path in self._sizes if path.startswith(WORK_FOLDER)]
         if unfinished:
             self._warn(unfinished[0], f"a transfer is going on or was left unfinished ({len(unfinished)} objects).")
+        self._check_foreign_folders()
+        self._check_foreign_files()
+
+    def _check_foreign_files(self) -> None:
+        """At the root; an image that copies the path to its disk copies these as well, at every start."""
+        root = sorted(path for path in self._sizes if "/" not in path)
+        if any(path.endswith(".safetensors") for path in root):
+            doubles = [path for path in root if path.endswith(_WEIGHT_SUFFIXES) and not path.endswith(".safetensors")]
+            if doubles:
+                self._warn(doubles[0], f"weights in a second format beside safetensors: {', '.join(doubles)}.")
+        foreign = [path for path in root if not path.endswith(_WEIGHT_SUFFIXES) and not belongs_to_a_model(path)]
+        if foreign:
+            self._warn(foreign[0], f"files that do not belong to the model: {', '.join(foreign)}.")
+
+    def _check_foreign_folders(self) -> None:
         folders: dict[str, list[str]] = {}
         for path in sorted(self._sizes):
             if "/" in path and not path.startswith(_WELCOME_FOLDERS):

@@ -43,7 +43,7 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
         def show(progress: Progress) -> None:
             nonlocal tenths
             bar.update(progress.share * 100, progress.text)
-            if progress.seconds_left is not None:
+            if progress.seconds_left is not None and not progress.is_staging:
                 _seconds_left[uri] = progress.seconds_left
             if int(progress.share * 10) > tenths:
                 tenths = int(progress.share * 10)

@@ -122,21 +122,23 @@ class HubClient:
     def resolve_url(self, pinned: PinnedModel, path: str) -> str:
         return f"{self.endpoint}/{pinned.repo_id}/resolve/{pinned.commit_sha}/{quote(path)}"
 
-    def download(self, pinned: PinnedModel, file: ModelFile, folder: Path) -> None:
-        """Fetch one file below `folder` with huggingface_hub: what is in xet comes through hf_xet.
+    def download_arguments(self, pinned: PinnedModel, file: ModelFile, folder: Path) -> dict[str, Any]:
+        """Of `huggingface_hub.hf_hub_download`, for one file below `folder`: what is in xet comes through hf_xet."""
+        return {
+            "repo_id": pinned.repo_id,
+            "filename": file.path,
+            "revision": pinned.commit_sha,
+            "local_dir": str(folder),
+            "endpoint": self.endpoint,
+            "token": self._token or False,
+            "library_name": "llm-rollout",
+        }
 
-        Raises:
-            TransferFailed: it does not arrive.
-        """
-
-        def mapped() -> None:
-            try:
-                self._api.hf_hub_download(pinned.repo_id, file.path, revision=pinned.commit_sha, local_dir=folder)
-            except (hf.HTTPError, OSError, RuntimeError) as error:
-                # hf_xet raises RuntimeError.
-                raise transient(f"huggingface_hub could not fetch {file.path} ({type(error).__name__}).") from None
-
-        with_retries(mapped, attempts=METADATA_ATTEMPTS)
+    def refusal(
+        self, pinned: PinnedModel, status: int, code: str | None, retry_after: str | None
+    ) -> errors.RolloutError:
+        """The error for a status of 400 or more, with the hub's X-Error-Code, that huggingface_hub met."""
+        return self._error_for_status(status, code, pinned.repo_id, pinned.revision, retry_after)
 
     @contextlib.contextmanager
     def get(self, url: str, byte_range: str) -> Iterator[HttpResponse]:

@@ -213,6 +213,17 @@ def test_an_original_folder_breaks_streaming_and_another_one_is_only_superfluous
     assert place.warnings() == ["the folder images/ does not belong to the model (images/a.png)."]
 
 
+def test_files_at_the_root_that_are_not_the_models_are_named(place: Place) -> None:
+    place.sizes |= {"x.tar": 5, "secrets.env": 1, "LICENSE": 1, "generation_config.json": 1, "modeling.py": 1}
+    assert place.warnings() == ["files that do not belong to the model: secrets.env, x.tar."]
+    assert place.errors() == []
+
+
+def test_weights_in_a_second_format_are_named(place: Place) -> None:
+    place.sizes |= {"pytorch_model.bin": 9, "model.gguf": 9}
+    assert place.warnings() == ["weights in a second format beside safetensors: model.gguf, pytorch_model.bin."]
+
+
 def test_an_unfinished_transfer_is_a_warning(place: Place) -> None:
     place.sizes[".llm-rollout/transfer/incoming/x.1"] = 1
     assert "left unfinished (1 objects)" in place.warnings()[0]
