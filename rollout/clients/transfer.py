@@ -191,12 +191,23 @@ def remove_dead_leftovers(target: Target, prefix: str) -> tuple[Change, ...]:
     Raises:
         AnotherWriter: a run is writing there, and goes on.
     """
-    if not find_leftovers(target, prefix):
+    work = f"{prefix}{WORK_FOLDER}"
+    if not find_leftovers(target, work):
         return ()
     storage = StorageClient(target)
-    for claim in storage.list_objects(f"{prefix}{WORK_FOLDER}{_WRITER}"):
+    for claim in storage.list_objects(f"{work}{_WRITER}"):
         Claim(storage, claim.name, ttl_s=TransferSpec().claim_ttl_s).acquire()
-    return remove_leftovers(target, prefix)
+    return remove_leftovers(target, work)
+
+
+def unfinished_paths(target: Target) -> tuple[str, ...]:
+    """Prefixes of the model paths in the bucket where a transfer is going on or was left unfinished, by any run.
+
+    A record tells of a rollout's weights only: `publish-weights` keeps none.
+    """
+    bucket = f"gs://{target.bucket}/"
+    names = (change.name.removeprefix(bucket) for change in find_leftovers(target))
+    return tuple(sorted({name[: name.index(WORK_FOLDER)] for name in names}))
 
 
 class View:

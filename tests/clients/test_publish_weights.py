@@ -15,7 +15,15 @@ import pytest
 
 from rollout.clients.hub import HubClient
 from rollout.clients.staging import Staging
-from rollout.clients.transfer import find_leftovers, finish, publish_shard, read_provenance, remove_leftovers
+from rollout.clients.transfer import (
+    find_leftovers,
+    finish,
+    publish_shard,
+    read_provenance,
+    remove_dead_leftovers,
+    remove_leftovers,
+    unfinished_paths,
+)
 from rollout.clients.transfer_job import run_shard
 from rollout.errors import AnotherWriter, HashMismatch, RepositoryGated, TransferFailed, TransientError
 from rollout.report import StepStatus
@@ -432,6 +440,20 @@ def test_leftovers_of_a_run_that_nobody_continues_are_found_and_removed(killed: 
     assert {change.name for change in removed} == {change.name for change in found}
     assert find_leftovers(killed.target) == ()
     assert killed.names() == set()
+
+
+def test_a_path_that_no_record_knows_is_found_by_what_a_killed_run_left_there(killed: WeightsPlace) -> None:
+    abandoned = killed.prefix(killed.pin())
+    killed.hub.store.publish("org/model", model_files(shards=1, seed="the branch has moved"))
+    killed.publish()
+    assert unfinished_paths(killed.target) == (abandoned,)
+    assert remove_dead_leftovers(killed.target, abandoned)
+    assert unfinished_paths(killed.target) == ()
+
+
+def test_the_leftovers_at_the_buckets_root_are_not_those_of_the_paths_below_it(killed: WeightsPlace) -> None:
+    assert remove_dead_leftovers(killed.target, "") == ()
+    assert unfinished_paths(killed.target) == (killed.prefix(killed.pin()),)
 
 
 def test_leftovers_that_this_run_cannot_use_are_removed_by_it(killed: WeightsPlace) -> None:
