@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from flows import endpoint_cli, operations_cli
 from flows.profiles_cli import profiles_app
 from rollout.errors import ExitCode, RolloutError
+from rollout.universe import GOOGLE_DEFAULT_DOMAIN, Universe
 
 if TYPE_CHECKING:
     from rollout.record import RolloutReport
@@ -123,14 +124,25 @@ def publish_weights(
 @app.command()
 def check_layout(
     uri: Annotated[str, typer.Argument(metavar="GS_URI", help="Model path, e.g. gs://bucket/org/name/commit.")],
-    target: TargetOption,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", "-t", help="Whose credentials and endpoints; default: Application Default Credentials."
+        ),
+    ] = None,
+    universe: Annotated[
+        str, typer.Option(help="Domain of the bucket's universe, where no target says it.")
+    ] = GOOGLE_DEFAULT_DOMAIN,
 ) -> None:
     """Check that a model server could load from a path in a bucket: config.json, every shard, tokenizer."""
+    from rollout.bucket_objects import GcsUri
     from rollout.catalog import load_target
+    from rollout.clients.google_auth import target_of_bucket
     from rollout.clients.layout import check_layout as check
     from rollout.layout import require_valid
 
-    report = check(load_target(target), uri)
+    whose = load_target(target) if target else target_of_bucket(GcsUri.parse(uri).bucket, Universe(domain=universe))
+    report = check(whose, uri)
     for finding in report.findings:
         typer.echo(f"{finding.severity.value}: {finding.message}")
     require_valid(report)

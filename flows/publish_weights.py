@@ -24,5 +24,5 @@ def publish_model_weights(request: RolloutRequest) -> TransferReport:
     model = story.run(pin_model, spec)
     story.run(provision_bucket, spec.target)
     report = story.run(publish_weights, model, spec.target, spec.policy.transfer)
-    story.run(check_weights_layout, spec.target, report.uri)
+    story.run(check_weights_layout, spec.target, report.uri, spec.serving.vllm_release)
     return report

@@ -40,6 +40,8 @@ def rehearse(out: Path, engine: str, *, ui: bool) -> int:
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
+    # The user's own token has no business with stand-ins, nor with what they install.
+    os.environ.pop("HF_TOKEN", None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone_in(out))
         target_file = out / "target.yaml"

@@ -79,7 +79,9 @@ def provision(plan: RolloutPlan, record: Record) -> None:
     cluster = story.start(provision_cluster, plan)
     accounts = [story.start(make_service_account, plan)] if plan.target.has_service_account else []
     weights = story.start(publish_weights, plan.model, plan.target, plan.policy.transfer)
-    layout = story.start(check_weights_layout, plan.target, plan.weights_uri, after=[weights])
+    layout = story.start(
+        check_weights_layout, plan.target, plan.weights_uri, plan.serving.vllm_release, after=[weights]
+    )
     identity = story.start(set_up_workload_identity, plan, after=[cluster, *accounts])
     with warmed_up(plan, story, after=cluster):
         story.join(weights, layout, cluster, *accounts, identity)

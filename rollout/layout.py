@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from rollout.errors import LayoutInvalid
-from rollout.selection import RESERVED_FOLDER
+from rollout import preflight
+from rollout.errors import CheckpointInvalid, LayoutInvalid
+from rollout.selection import RESERVED_FOLDER, belongs_to_a_model
 from rollout.transfer import WORK_FOLDER
 from rollout.values import Value
 from rollout.vllm_architectures import ARCHITECTURES, VLLM_VERSION
@@ -112,6 +113,55 @@ def require_valid(report: LayoutReport) -> None:
         raise LayoutInvalid(" ".join(errors), where=report.uri, resolution="Then check again.")
 
 
+def check_checkpoint(report: LayoutReport) -> preflight.Check:
+    """The layout that the hub's files will have in the bucket, as a preflight check: before 52 GB move, not after."""
+    name = "checkpoint"
+    errors = [finding.message for finding in report.findings if finding.severity is Severity.ERROR]
+    if errors:
+        return preflight.failed(
+            name,
+            " ".join(errors),
+            "Choose another revision, correct the include and exclude patterns, or tell its owner.",
+        )
+    if report.findings:
+        return preflight.warning(
+            name,
+            " ".join(finding.message for finding in report.findings),
+            "It loads; see whether that is what you want.",
+        )
+    return preflight.ok(name, f"{report.architecture}, {len(report.shards)} shards, {report.tokenizer}")
+
+
+def parse_config(data: bytes | None, where: str) -> dict[str, Any]:
+    """The content of a config.json; None if there is none.
+
+    Raises:
+        CheckpointInvalid: it is missing, or not a JSON object.
+    """
+    if data is None:
+        raise CheckpointInvalid(
+            "config.json is missing; params.json alone, Mistral's own format, is not enough.",
+            where=where,
+            resolution="Choose a repository or revision in the transformers format, or drop the exclude pattern.",
+        )
+    config = json_object(data)
+    if config is None:
+        raise CheckpointInvalid(
+            "config.json is not a JSON object.",
+            where=where,
+            resolution="Choose another revision, or tell the repository's owner.",
+        )
+    return config
+
+
+def json_object(data: bytes) -> dict[str, Any] | None:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
 class SafetensorsHeader(Value):
     """The table at the beginning of a safetensors file."""
 
@@ -177,19 +227,20 @@ def check(
     headers: Mapping[str, SafetensorsHeader | str],
     *,
     config_paths: Sequence[str] = (),
-    architectures: Iterable[str] = ARCHITECTURES,
+    vllm_release: str | None = None,
 ) -> LayoutReport:
-    """Check a model path.
+    """Check a model path, or the files of a commit that are to become one.
 
     Args:
-        uri: `gs://…` of the path.
+        uri: `gs://…` of the path, or the repository at its commit.
         sizes: bytes of every object below it, by path.
         documents: content of those of `DOCUMENTS` that exist.
-        headers: of the files that `shards_to_read` names; a text is why it could not be read.
+        headers: of the files that `shards_to_read` names; a text is why it could not be read. Empty: not asked for.
         config_paths: `gs://…` paths elsewhere in the bucket that hold a config.json: what may have been meant.
-        architectures: what the serving image supports.
+        vllm_release: of the image that will serve, if it is known. The list of architectures is one release's: only for
+            that release is an unknown architecture an error.
     """
-    return _Checker(uri, sizes, documents, headers, config_paths, frozenset(architectures)).report()
+    return _Checker(uri, sizes, documents, headers, config_paths, vllm_release).report()
 
 
 class _Checker:
@@ -200,14 +251,14 @@ class _Checker:
         documents: Mapping[str, bytes],
         headers: Mapping[str, SafetensorsHeader | str],
         config_paths: Sequence[str],
-        architectures: frozenset[str],
+        vllm_release: str | None,
     ) -> None:
         self._uri = uri
         self._sizes = sizes
         self._documents = documents
         self._headers = headers
         self._config_paths = config_paths
-        self._architectures = architectures
+        self._vllm_release = vllm_release
         self._findings: list[Finding] = []
 
     def report(self) -> LayoutReport:
@@ -250,17 +301,23 @@ class _Checker:
         if config is None:
             return ""
         names = config.get("architectures") or []
-        known = [name for name in names if name in self._architectures]
-        if not names:
+        if not isinstance(names, list) or not names:
             self._error(CONFIG, "config.json names no architecture: it is not the configuration of a language model.")
-        elif not known:
-            near = difflib.get_close_matches(names[0], self._architectures, n=1, cutoff=0.8)
-            hint = f" The nearest one that it serves is {near[0]}." if near else ""
-            self._error(
-                CONFIG,
-                f"config.json names the architecture {names[0]}, which vLLM {VLLM_VERSION} does not serve.{hint}",
-            )
-        return str((known or names or [""])[0])
+            return ""
+        known = [name for name in names if name in ARCHITECTURES]
+        if not known:
+            self._unknown_architecture(str(names[0]))
+        return str((known or names)[0])
+
+    def _unknown_architecture(self, name: str) -> None:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.8)
+        hint = f" The nearest one that it serves is {near[0]}." if near else ""
+        message = f"config.json names the architecture {name}, which vLLM {VLLM_VERSION} does not serve.{hint}"
+        if self._vllm_release is not None and _series(self._vllm_release) == _series(VLLM_VERSION):
+            self._error(CONFIG, message)
+        else:
+            serves = f"vLLM {self._vllm_release}" if self._vllm_release else "of an unknown release"
+            self._warn(CONFIG, f"{message} The image is {serves}: make sure that it does.")
 
     def _check_weights(self) -> tuple[str, ...]:
         present = shards_to_read(self._sizes)
@@ -299,7 +356,16 @@ class _Checker:
             if shard not in named:
                 self._error(shard, f"the index does not name {shard}, and a server that streams would load it as well.")
         self._compare_tensors(weight_map)
+        self._compare_total(index, named)
         return named
+
+    def _compare_total(self, index: Mapping[str, Any], named: Iterable[str]) -> None:
+        """Where the headers were read, they say more; and some tools write a wrong total, so it is no error."""
+        metadata = index.get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        found = sum(self._sizes.get(shard, 0) for shard in named)
+        if not self._headers and isinstance(total, int | float) and found < total:
+            self._warn(INDEX, f"the index speaks of {total:,} bytes of tensors, the shards have {found:,}.")
 
     def _compare_tensors(self, weight_map: Mapping[str, str]) -> None:
         by_shard: dict[str, set[str]] = {}
@@ -347,6 +413,21 @@ class _Checker:
         unfinished = [path for path in self._sizes if path.startswith(WORK_FOLDER)]
         if unfinished:
             self._warn(unfinished[0], f"a transfer is going on or was left unfinished ({len(unfinished)} objects).")
+        self._check_foreign_folders()
+        self._check_foreign_files()
+
+    def _check_foreign_files(self) -> None:
+        """At the root; an image that copies the path to its disk copies these as well, at every start."""
+        root = sorted(path for path in self._sizes if "/" not in path)
+        if any(path.endswith(".safetensors") for path in root):
+            doubles = [path for path in root if path.endswith(_WEIGHT_SUFFIXES) and not path.endswith(".safetensors")]
+            if doubles:
+                self._warn(doubles[0], f"weights in a second format beside safetensors: {', '.join(doubles)}.")
+        foreign = [path for path in root if not path.endswith(_WEIGHT_SUFFIXES) and not belongs_to_a_model(path)]
+        if foreign:
+            self._warn(foreign[0], f"files that do not belong to the model: {', '.join(foreign)}.")
+
+    def _check_foreign_folders(self) -> None:
         folders: dict[str, list[str]] = {}
         for path in sorted(self._sizes):
             if "/" in path and not path.startswith(_WELCOME_FOLDERS):
@@ -359,14 +440,15 @@ class _Checker:
                 self._warn(folder, f"the folder {folder} does not belong to the model ({paths[0]}).")
 
     def _document(self, path: str) -> dict[str, Any] | None:
-        try:
-            document = json.loads(self._documents[path])
-        except (KeyError, ValueError):
-            document = None
-        if not isinstance(document, dict):
-            self._error(path, f"{path} is not a JSON object: send it again.")
-            return None
+        document = json_object(self._documents.get(path, b""))
+        if document is None:
+            self._error(path, f"{path} is not a JSON object.")
         return document
+
+
+def _series(release: str) -> tuple[str, ...]:
+    """`0.32.1` -> `0`, `32`: bug-fix releases serve the same architectures."""
+    return tuple(release.split(".")[:2])
 
 
 def nearest_path(uri: str, candidates: Sequence[str]) -> str | None:

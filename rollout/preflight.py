@@ -361,24 +361,21 @@ def check_vllm_arguments(serving: ServingSpec) -> Check:
     return ok(name, f"vLLM's parser accepts all {len(arguments)}")
 
 
-_VLLM_TAG = re.compile(r"vllm-openai:v(\d+)\.(\d+)\.(\d+)")
-
-
 def check_streamer(serving: ServingSpec) -> Check:
     """`load_format: runai_streamer` against the release in the image's tag."""
     name = "weights loading"
     if serving.load_format != "runai_streamer":
         return not_applicable(name, "the image loads in its own way")
-    tag = _VLLM_TAG.search(serving.image)
-    if tag is None:
+    release = serving.vllm_release
+    if release is None:
         return unknown(name, f"{serving.image} does not tell its vLLM release; the streamer needs 0.11.1 or newer")
-    if tuple(int(number) for number in tag.groups()) < STREAMER_SINCE:
+    if tuple(int(number) for number in release.split(".")) < STREAMER_SINCE:
         return failed(
             name,
             f"{serving.image} is older than vLLM 0.11.1, which brought the model streamer for Cloud Storage",
             "Use a newer image, or leave serving.load_format out.",
         )
-    return ok(name, f"vLLM {tag[0].rpartition('v')[2]} streams from Cloud Storage")
+    return ok(name, f"vLLM {release} streams from Cloud Storage")
 
 
 def check_hub_token(*, from_hub: bool, secret_named: bool, token_found: bool) -> Check:

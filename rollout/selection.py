@@ -27,6 +27,8 @@ _WEIGHT_FORMATS: tuple[tuple[str, ...], ...] = (
 )
 """In vLLM's order of preference; the first that the root holds is transferred, the others are duplicates of it."""
 
+_WEIGHTS = tuple(pattern for formats in _WEIGHT_FORMATS for pattern in formats)
+
 _WEIGHT_INDEXES = (("*.safetensors.index.json",), ("*.bin.index.json",), ())
 """The index that belongs to each of the formats."""
 
@@ -120,6 +122,11 @@ def _unsafe(name: str) -> str | None:
     return None
 
 
+def belongs_to_a_model(name: str) -> bool:
+    """Whether a file of that name, at the root or in a known folder, is one that a model server may look for."""
+    return _matches_root(name, _KEPT + _WEIGHTS)
+
+
 def _default_choice(names: Sequence[str]) -> set[str]:
     kept = {name for name in names if _matches_root(name, _KEPT) and not _matches_root(name, _DROPPED)}
     for formats, indexes in zip(_WEIGHT_FORMATS, _WEIGHT_INDEXES, strict=True):
@@ -164,8 +171,7 @@ def _refuse_lookalikes(selected: Sequence[str]) -> None:
 
 
 def _require_checkpoint(selected: Sequence[str]) -> None:
-    weights = tuple(pattern for formats in _WEIGHT_FORMATS for pattern in formats)
-    if not any(_matches_root(name, weights) for name in selected):
+    if not any(_matches_root(name, _WEIGHTS) for name in selected):
         raise CheckpointInvalid(
             "no weights that vLLM loads are at the repository's root (safetensors, bin or pt).",
             resolution="Name the repository of the model itself, not of its GGUF, ONNX or adapter conversion.",

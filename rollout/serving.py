@@ -31,6 +31,9 @@ def quantity_bytes(quantity: str) -> int:
     return int(float(number) * _UNITS.get(unit, 1))
 
 
+_VLLM_TAG = re.compile(r"vllm-openai:v(\d+\.\d+\.\d+)")
+
+
 class UpdateStrategy(StrEnum):
     ROLLING = "rolling"
     """The new pod first, then the old one goes: needs a spare GPU, which the preflight checks."""
@@ -126,6 +129,12 @@ class ServingSpec(Value):
                 f" with {self.accelerator.machine_gpu_count} GPUs"
             )
         return self
+
+    @property
+    def vllm_release(self) -> str | None:
+        """`0.32.0`, if the image's tag tells it: vLLM's own images do, others (the tutorial's) do not."""
+        tag = _VLLM_TAG.search(self.image)
+        return tag[1] if tag else None
 
     def vllm_args(self, model_uri: str) -> list[str]:
         """The container's arguments for weights at `model_uri`, in the tutorial's order."""

@@ -10,6 +10,8 @@ from pydantic import Field, StringConstraints
 from rollout.universe import Universe
 from rollout.values import BucketName, KubernetesName, ServiceAccountId, Value
 
+HUGGING_FACE = "https://huggingface.co"
+
 
 class ClusterMode(StrEnum):
     AUTOPILOT = "autopilot"
@@ -34,7 +36,8 @@ class IdentityMode(StrEnum):
 
 class WeightsLayout(StrEnum):
     ROOT = "root"
-    """The tutorial's: one bucket per model, `gs://bucket/config.json`."""
+    """The tutorial's: one bucket per model, `gs://bucket/config.json`. A new commit's names replace the old one's one
+    by one: a pod that starts within these seconds can read files of both."""
     CONTENT_ADDRESSED = "content-addressed"
     """`gs://bucket/<organisation>/<name>/<commit>/`: revisions side by side, a live prefix is never overwritten."""
 
@@ -126,7 +129,7 @@ class Target(Value):
 
     @property
     def hub_endpoint(self) -> str:
-        return self.endpoints.hub or "https://huggingface.co"
+        return self.endpoints.hub or HUGGING_FACE
 
     def endpoint(self, service: str) -> str:
         """Base address (no trailing slash) of a Google API for this target, e.g. `endpoint("storage")`."""

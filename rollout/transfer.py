@@ -119,13 +119,15 @@ class Progress(Value):
     """Where a transfer stands."""
 
     bytes_done: int
-    """Arrived in the bucket, or found there."""
+    """Arrived in the bucket, or found there; while `is_staging`, on the disk."""
     bytes_total: int
     files_done: int
     files_total: int
     bytes_per_s: float
     """Over the whole run so far, without what was found there."""
     elapsed_s: float
+    is_staging: bool = False
+    """The route `stage` fetches the files to the disk; the way into the bucket is still to come."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -135,6 +137,16 @@ class Progress(Value):
     @property
     def share(self) -> float:
         return self.bytes_done / self.bytes_total if self.bytes_total else 1.0
+
+    @property
+    def text(self) -> str:
+        """For people: bytes, rate and time left."""
+        place = " on the disk" if self.is_staging else ""
+        left = "starting" if self.seconds_left is None else f"{self.seconds_left:.0f} s left"
+        return (
+            f"{self.bytes_done / 1e9:.2f} of {self.bytes_total / 1e9:.2f} GB{place},"
+            f" {self.bytes_per_s / 1e6:.0f} MB/s, {left}"
+        )
 
 
 class Source(StrEnum):

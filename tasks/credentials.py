@@ -8,18 +8,17 @@ from typing import cast
 from prefect.blocks.system import Secret
 
 from rollout.errors import BadInput
-from rollout.target import Target
-
-HUGGING_FACE = "https://huggingface.co"
+from rollout.target import HUGGING_FACE, Target
 
 
 def hub_token(target: Target) -> str | None:
-    """The token for the target's hub: its Secret block, else `$HF_TOKEN`, else None (public models).
+    """The Hugging Face token of `target`: its Secret block, else `$HF_TOKEN`, else None (public models).
 
-    The environment's token belongs to Hugging Face: a mirror or a stand-in never sees it unless the target names it.
+    `$HF_TOKEN` lies about on machines for other purposes: it goes to huggingface.co only. Who wants to send a token to
+    a mirror names it in the target.
     """
     if target.hub_token_secret is None:
-        return os.environ.get("HF_TOKEN") or None if target.hub_endpoint.rstrip("/") == HUGGING_FACE else None
+        return (os.environ.get("HF_TOKEN") or None) if target.hub_endpoint.rstrip("/") == HUGGING_FACE else None
     return secret_of(target.hub_token_secret, where=f"target {target.name}, hub_token_secret")
 
 

@@ -43,22 +43,25 @@ def apply_manifests(plan: RolloutPlan) -> Outcome[None]:
 @step("wait until available", retries=1)
 def wait_until_available(plan: RolloutPlan) -> Outcome[WaitReport]:
     """Watch the start until one token has come back; end early, with the diagnosis, when it cannot succeed."""
-    watcher = _Watcher(plan.serving.name)
     cluster = ClusterClient.connect(plan.target)
-    try:
-        available = cluster.wait_available(
-            plan.serving.name,
-            deadline_s=plan.deadlines_s["available"],
-            context=_context(plan),
-            on_progress=watcher.show,
-            on_log=watcher.follow,
-        )
-    except FailedStart as failure:
-        watcher.publish(failed_start_markdown(failure.summary, failure.diagnosis, failure.waterfalls, failure.log_tail))
-        raise
-    with cluster.endpoint(plan.serving.service_name) as base_url:
-        report = with_first_token(available, base_url, plan.serving.served_model_name)
-    watcher.bar.update(100.0)
+    with ProgressBar("start-up", f"Start of {plan.serving.name}") as bar:
+        watcher = _Watcher(plan.serving.name, bar)
+        try:
+            available = cluster.wait_available(
+                plan.serving.name,
+                deadline_s=plan.deadlines_s["available"],
+                context=_context(plan),
+                on_progress=watcher.show,
+                on_log=watcher.follow,
+            )
+        except FailedStart as failure:
+            watcher.publish(
+                failed_start_markdown(failure.summary, failure.diagnosis, failure.waterfalls, failure.log_tail)
+            )
+            raise
+        with cluster.endpoint(plan.serving.service_name) as base_url:
+            report = with_first_token(available, base_url, plan.serving.served_model_name)
+        bar.update(100.0, "one token has come back")
     waterfalls = "\n\n".join(waterfall.markdown for waterfall in report.waterfalls)
     return Outcome(
         value=report,
@@ -82,8 +85,8 @@ def _context(plan: RolloutPlan) -> StartupObservation:
 class _Watcher:
     """Tells people of a start under way: progress, the log lines that matter, and every fault at its first sight."""
 
-    def __init__(self, name: str) -> None:
-        self.bar = ProgressBar("start-up", f"Start of {name}")
+    def __init__(self, name: str, bar: ProgressBar) -> None:
+        self._bar = bar
         self._name = name
         self._logger = get_run_logger()
         self._message = ""
@@ -91,7 +94,7 @@ class _Watcher:
 
     def show(self, progress: Progress) -> None:
         if progress.fraction_loaded is not None:
-            self.bar.update(progress.fraction_loaded * 100)
+            self._bar.update(progress.fraction_loaded * 100, progress.message)
         if progress.message != self._message:
             self._message = progress.message
             self._logger.info("%.0f s: %s", progress.elapsed_s, progress.message)

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from types import TracebackType
+from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
 from uuid import UUID
 
 import httpx
@@ -45,12 +48,14 @@ _started: dict[str, datetime] = {}
 
 
 @contextmanager
-def told_at_best(what: str) -> Iterator[None]:
-    """Go on when the Prefect server does not take what is only shown: a transfer of hours must not end by it."""
+def _best_effort(what: str) -> Iterator[None]:
+    """Tell the Prefect server something that people want to see, and that no work may fail of: it goes on without."""
     try:
         yield
-    except (httpx.HTTPError, PrefectException) as error:
-        get_run_logger().warning("%s could not be shown: %s: %s", what, type(error).__name__, error)
+    except (httpx.HTTPError, PrefectException, OSError) as error:
+        get_run_logger().warning(
+            "the Prefect server did not take %s, going on without (%s: %s)", what, type(error).__name__, error
+        )
 
 
 @dataclass(frozen=True)
@@ -65,37 +70,71 @@ class Artifact:
     png: bytes | None = None
 
     def publish(self) -> None:
-        """Show it. A Prefect server that does not answer costs the picture, not the work that it is of."""
-        with told_at_best(self.key):
-            self._publish()
-
-    def _publish(self) -> None:
-        if self.table is not None:
-            create_table_artifact(table=self.table, key=self.key, description=self.description)
-        if self.markdown is not None:
-            create_markdown_artifact(markdown=self.markdown, key=self.key, description=self.description)
-        if self.png is not None:
-            create_image_artifact(image_url=data_uri(self.png), key=self.key, description=self.description)
+        with _best_effort(f"the artifact {self.key}"):
+            if self.table is not None:
+                create_table_artifact(table=self.table, key=self.key, description=self.description)
+            if self.markdown is not None:
+                create_markdown_artifact(markdown=self.markdown, key=self.key, description=self.description)
+            if self.png is not None:
+                create_image_artifact(image_url=data_uri(self.png), key=self.key, description=self.description)
 
 
 class ProgressBar:
-    """A progress artifact of long work. Updates closer than `every_s` are dropped: each costs a request."""
+    """A progress artifact of long work, for a `with` block.
+
+    A thread of its own tells the server, at most once in `every_s`: the work never waits for Prefect, whose client
+    tries again for a minute when its server restarts, longer than a claim on the bucket lives.
+    """
 
     def __init__(self, key: str, description: str, *, every_s: float = 1.0) -> None:
         self._key = key
+        self._description = description
         self._every_s = every_s
-        self._updated = time.monotonic()
         self._id: UUID | None = None
-        with told_at_best(key):
-            self._id = cast(UUID, create_progress_artifact(0.0, key=key, description=description))
+        self._lock = threading.Lock()
+        self._latest: tuple[float, str] | None = None
+        self._is_telling = False
+        self._closing = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=key)
+        # The run's logger and the server's address belong to the context, which a thread does not inherit.
+        self._context = contextvars.copy_context()
 
-    def update(self, percent: float, description: str | None = None) -> None:
-        """`description`: what a bar cannot say, e.g. bytes, rate and time left; None leaves it as it is."""
-        if self._id is None or (time.monotonic() - self._updated < self._every_s and percent < 100):
-            return
-        self._updated = time.monotonic()
-        with told_at_best(self._key):
-            update_progress_artifact(self._id, min(100.0, percent), description)
+    def __enter__(self) -> Self:
+        self.update(0.0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Tell the last state, and wait until it is told."""
+        self._closing.set()
+        self._thread.shutdown()
+
+    def update(self, percent: float, detail: str = "") -> None:
+        """Note where the work stands; `detail` is added to the description. Returns at once."""
+        with self._lock:
+            self._latest = (min(100.0, percent), f"{self._description}: {detail}" if detail else self._description)
+            if self._is_telling:
+                return
+            self._is_telling = True
+        self._thread.submit(self._context.run, self._tell)
+
+    def _tell(self) -> None:
+        while True:
+            with self._lock:
+                latest, self._latest = self._latest, None
+                if latest is None:
+                    self._is_telling = False
+                    return
+            with _best_effort(f"the progress {self._key}"):
+                self._show(*latest)
+            self._closing.wait(self._every_s)
+
+    def _show(self, percent: float, description: str) -> None:
+        if self._id is None:
+            self._id = cast(UUID, create_progress_artifact(percent, key=self._key, description=description))
+        else:
+            update_progress_artifact(self._id, percent, description)
 
 
 @dataclass(frozen=True)

@@ -78,18 +78,20 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
     environment = environment_of(plan.model, plan.serving, plan.target)
     store = StageStore(plan.target, environment, spec, pods, plan.policy.objectives.request_limits)
     completed = store.read()
-    bar = ProgressBar("benchmark-progress", "Load sweep")
     stages = list(completed)
-
-    def keep_stage(stage: Stage) -> None:
-        stages.append(stage)
-        store.write(stages)
-        bar.update(min(99.0, 100.0 * len(stages) / spec.max_stages))
-
     cluster = ClusterClient.connect(plan.target)
-    with cluster.endpoint(plan.serving.service_name) as base_url:
+    with (
+        ProgressBar("benchmark-progress", "Load sweep") as bar,
+        cluster.endpoint(plan.serving.service_name) as base_url,
+    ):
+
+        def keep_stage(stage: Stage) -> None:
+            stages.append(stage)
+            store.write(stages)
+            bar.update(min(99.0, 100.0 * len(stages) / spec.max_stages), f"{len(stages)} stages")
+
         report = measure(plan, spec, cluster, base_url, pods=pods, completed=completed, on_stage=keep_stage)
-    bar.update(100.0)
+        bar.update(100.0, f"{len(stages)} stages")
     measured = len(report.stages) - len(completed)
     if completed:
         logger.info("%d stages were measured by an earlier run against the same pods", len(completed))

@@ -34,28 +34,26 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
     """Transfer what the bucket does not hold yet; every byte is compared with the hub's hashes on its way."""
     logger = get_run_logger()
     title = f"{model.repo_id}@{model.short_sha}"
-    bar = ProgressBar("weights-progress", f"Weights of {title}")
     uri = target.weights_uri(model.repo_id, model.commit_sha)
-    tenths = 0
-
-    def show(progress: Progress) -> None:
-        nonlocal tenths
-        left = f"{progress.seconds_left:.0f} s left" if progress.seconds_left is not None else "starting"
-        amount = f"{progress.share:.0%} of {progress.bytes_total / 1e9:.2f} GB, {progress.bytes_per_s / 1e6:.0f} MB/s"
-        bar.update(progress.share * 100, f"Weights of {title}: {amount}, {left}")
-        if progress.seconds_left is not None:
-            _seconds_left[uri] = progress.seconds_left
-        if int(progress.share * 10) > tenths:
-            tenths = int(progress.share * 10)
-            logger.info("%s, %s", amount, left)
-
     _ended.discard(uri)
     _seconds_left.pop(uri, None)
-    try:
-        report = transfer.publish_weights(model, target, spec, token=hub_token(target), on_progress=show)
-    finally:
-        _ended.add(uri)
-    bar.update(100.0)
+    with ProgressBar("weights-progress", f"Weights of {title}") as bar:
+        tenths = 0
+
+        def show(progress: Progress) -> None:
+            nonlocal tenths
+            bar.update(progress.share * 100, progress.text)
+            if progress.seconds_left is not None and not progress.is_staging:
+                _seconds_left[uri] = progress.seconds_left
+            if int(progress.share * 10) > tenths:
+                tenths = int(progress.share * 10)
+                logger.info("%d %%: %s", tenths * 10, progress.text)
+
+        try:
+            report = transfer.publish_weights(model, target, spec, token=hub_token(target), on_progress=show)
+        finally:
+            _ended.add(uri)
+        bar.update(100.0, f"{report.total_bytes / 1e9:.2f} GB are there")
     unchanged = report.status is StepStatus.UNCHANGED
     proof = f"{len(report.files)} files, {report.total_bytes / 1e9:.2f} GB, sha256 verified"
     return Outcome(
@@ -78,9 +76,9 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
 
 
 @step("check layout")
-def check_weights_layout(target: Target, uri: str) -> Outcome[LayoutReport]:
+def check_weights_layout(target: Target, uri: str, vllm_release: str | None) -> Outcome[LayoutReport]:
     """config.json at the model path, every shard of the index, tokenizer; nothing that a model server trips over."""
-    report = check_layout(target, uri)
+    report = check_layout(target, uri, vllm_release=vllm_release)
     require_valid(report)
     return Outcome(
         value=report,

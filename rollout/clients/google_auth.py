@@ -34,6 +34,7 @@ from rollout.errors import (
     UniverseMismatch,
 )
 from rollout.target import CredentialSource, Target
+from rollout.universe import Universe
 
 CLOUD_PLATFORM_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 REQUEST_TIMEOUT_S = 60.0
@@ -60,6 +61,26 @@ def credentials_for(target: Target) -> Credentials:
             "(`gcloud config set core/universe_domain`), or change the target.",
         )
     return found
+
+
+def target_of_bucket(bucket: str, universe: Universe) -> Target:
+    """A target that is a bucket and nothing else, under the project of the Application Default Credentials: to look.
+
+    Raises:
+        BadInput: there are no credentials, or they name no project.
+    """
+    try:
+        credentials, found = google.auth.default(scopes=[CLOUD_PLATFORM_SCOPE])
+    except DefaultCredentialsError as error:
+        raise BadInput("no Google credentials were found.", where=f"gs://{bucket}", resolution=LOGIN_HINT) from error
+    project = credentials.quota_project_id or found
+    if not project:
+        raise BadInput(
+            "the credentials name no project.",
+            where=f"gs://{bucket}",
+            resolution="Run `gcloud auth application-default set-quota-project PROJECT`, or give --target.",
+        )
+    return Target(name="bucket-only", project=project, region="none", universe=universe, bucket=bucket)
 
 
 def client_options(target: Target, service: str) -> ClientOptions:

@@ -30,6 +30,9 @@ METADATA_ATTEMPTS = 5
 READ_BYTES = 2**20
 """Between two looks at progress and the stop signal."""
 
+DOCUMENT_LIMIT_BYTES = 64 * 2**20
+"""The largest index that we know of (1 TB of weights in small experts) has 15 MB; a config.json a few kilobytes."""
+
 _MAX_REDIRECTS = 5
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 """What content delivery networks answer to a signed link whose time has passed."""
@@ -102,24 +105,49 @@ class HubClient:
     def open(self, pinned: PinnedModel, file: ModelFile) -> HubFile:
         return HubFile(self, pinned, file)
 
+    def read(self, pinned: PinnedModel, file: ModelFile) -> bytes:
+        """A small file (config.json, an index) whole.
+
+        Raises:
+            CheckpointInvalid: it is too large to be one.
+            TransientError, RepositoryGated, RepositoryNotFound, TransferFailed.
+        """
+        source = self.open(pinned, file)
+        if file.size_bytes > DOCUMENT_LIMIT_BYTES:
+            raise errors.CheckpointInvalid(
+                f"it has {file.size_bytes:,} bytes, more than any such file.",
+                where=source.where,
+                resolution="Look at it on the hub, and choose another revision.",
+            )
+
+        def ask() -> bytes:
+            content = bytearray(file.size_bytes)
+            for _ in source.read(0, memoryview(content)):
+                pass
+            return bytes(content)
+
+        return with_retries(ask, attempts=METADATA_ATTEMPTS) if file.size_bytes else b""
+
     def resolve_url(self, pinned: PinnedModel, path: str) -> str:
         return f"{self.endpoint}/{pinned.repo_id}/resolve/{pinned.commit_sha}/{quote(path)}"
 
-    def download(self, pinned: PinnedModel, file: ModelFile, folder: Path) -> None:
-        """Fetch one file below `folder` with huggingface_hub: what is in xet comes through hf_xet.
+    def download_arguments(self, pinned: PinnedModel, file: ModelFile, folder: Path) -> dict[str, Any]:
+        """Of `huggingface_hub.hf_hub_download`, for one file below `folder`: what is in xet comes through hf_xet."""
+        return {
+            "repo_id": pinned.repo_id,
+            "filename": file.path,
+            "revision": pinned.commit_sha,
+            "local_dir": str(folder),
+            "endpoint": self.endpoint,
+            "token": self._token or False,
+            "library_name": "llm-rollout",
+        }
 
-        Raises:
-            TransferFailed: it does not arrive.
-        """
-
-        def mapped() -> None:
-            try:
-                self._api.hf_hub_download(pinned.repo_id, file.path, revision=pinned.commit_sha, local_dir=folder)
-            except (hf.HTTPError, OSError, RuntimeError) as error:
-                # hf_xet raises RuntimeError.
-                raise transient(f"huggingface_hub could not fetch {file.path} ({type(error).__name__}).") from None
-
-        with_retries(mapped, attempts=METADATA_ATTEMPTS)
+    def refusal(
+        self, pinned: PinnedModel, status: int, code: str | None, retry_after: str | None
+    ) -> errors.RolloutError:
+        """The error for a status of 400 or more, with the hub's X-Error-Code, that huggingface_hub met."""
+        return self._error_for_status(status, code, pinned.repo_id, pinned.revision, retry_after)
 
     @contextlib.contextmanager
     def get(self, url: str, byte_range: str) -> Iterator[HttpResponse]:

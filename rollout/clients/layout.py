@@ -18,8 +18,11 @@ _FIRST_READ_BYTES = 2**17
 """Most headers are shorter, so that one read per shard is enough."""
 
 
-def check_layout(target: Target, uri: str) -> LayoutReport:
+def check_layout(target: Target, uri: str, *, vllm_release: str | None = None) -> LayoutReport:
     """Whether a model server could load from `uri`, any `gs://` path that the target's credentials may read.
+
+    Args:
+        vllm_release: of the image that will serve, if it is known.
 
     Raises:
         BadInput: not a `gs://` address.
@@ -35,7 +38,9 @@ def check_layout(target: Target, uri: str) -> LayoutReport:
         documents = dict(zip(present, threads.map(read, present), strict=True))
         headers = dict(zip(shards, threads.map(partial(_header, storage, place.prefix), shards), strict=True))
     elsewhere = () if layout.CONFIG in sizes else _config_paths(storage)
-    return layout.check(str(place).rstrip("/"), sizes, documents, headers, config_paths=elsewhere)
+    return layout.check(
+        str(place).rstrip("/"), sizes, documents, headers, config_paths=elsewhere, vllm_release=vllm_release
+    )
 
 
 def _read(storage: StorageClient, prefix: str, path: str, *, end: int | None = None) -> bytes:

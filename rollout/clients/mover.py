@@ -67,7 +67,7 @@ class ByteSource(Protocol):
         ...
 
     def reject(self) -> None:
-        """The bytes that came were not the file's."""
+        """The bytes that came were not the file's: forget where they came from. The next reading gets others."""
         ...
 
 
@@ -387,6 +387,7 @@ class Mover:
     def _settle(self, job: Job) -> None:
         """All bytes were read and sent: prove them, or read what is wrong again."""
         if not job.is_right:
+            job.source.reject()
             self._read_again(job, "the sha256 of what the source gives")
             return
         stored = job.assembled or self._assemble(job)
@@ -419,7 +420,6 @@ class Mover:
             self._lanes.insert(0, job)
 
     def _mismatch(self, job: Job, what: str) -> HashMismatch:
-        job.source.reject()
         return HashMismatch(
             f"{what} differs from the hub's after {job.passes} readings; nothing wrong was left in the bucket.",
             where=job.source.where,
@@ -446,6 +446,7 @@ class Mover:
             job.hash_in_order(part, buffer, lambda _job, _buffer: None)
             if job.is_right:
                 break
+            job.source.reject()
             job.start_pass()
         else:
             raise self._mismatch(job, "the hash of what the source gives")

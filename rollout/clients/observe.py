@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rollout import preflight
+from rollout import layout, preflight
 from rollout.accelerators import AcceleratorKind, accelerator
 from rollout.autoscaling import check_metrics_adapter
 from rollout.capacity import GpuRoom, check_surge, gpus_per_node
@@ -29,7 +28,7 @@ from rollout.clients.retrying import with_retries
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import read_provenance
 from rollout.delivery import DeliveryStrategy
-from rollout.errors import ApiDisabled, CheckpointInvalid, PermissionMissing, RolloutError, TransientError
+from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, TransientError
 from rollout.fit import (
     DEFAULT_BOOT_DISK_GIB,
     check_context_window,
@@ -37,7 +36,6 @@ from rollout.fit import (
     check_memory,
     weights_copy,
 )
-from rollout.layout import CHAT_TEMPLATES, CONFIG, INDEX, TOKENIZER_CONFIG
 from rollout.ledger import standing
 from rollout.model import PinnedModel
 from rollout.objects import WeightsSource, uses_compute_class
@@ -53,9 +51,6 @@ from rollout.target import ClusterMode, IdentityMode, NodePool, Target
 
 WEIGHTS_SOURCE = WeightsSource.BUCKET
 """Where the pods of a rollout load from: what it has put there itself, and proven."""
-
-_DOCUMENT_LIMIT_BYTES = 64 * 2**20
-"""A config.json has a few kilobytes; the index of a trillion parameters in 10,000 shards some megabytes."""
 
 LOOK_ATTEMPTS = 3
 """Somebody waits for the plan: an API server that does not answer within seconds is a finding, not a reason to wait."""
@@ -122,7 +117,7 @@ def observe(
     observer.checks.append(preflight.check_trial(live.model if live else None, removes_itself=is_trial))
     if _autoscaler_among(objects) is not None:
         _check_adapter(observer, there=preview is not None)
-    _check_fit(observer, model, serving, hub_token)
+    _check_checkpoint(observer, model, serving, hub_token)
     return Observation(**observer.found, checks=tuple(observer.checks))
 
 
@@ -420,12 +415,23 @@ def _check_spec(observer: _Observer, serving: ServingSpec, hub_token: str | None
     ]
 
 
-def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hub_token: str | None) -> None:
+def _check_checkpoint(observer: _Observer, model: PinnedModel, serving: ServingSpec, hub_token: str | None) -> None:
+    """Whether the commit is whole and fits on the accelerator: from its small files, before anything is moved."""
+    with observer.asking("checkpoint"):
+        documents = read_documents(model, observer.target, hub_token)
+        where = f"{model.repo_id}@{model.short_sha}"
+        config = layout.parse_config(documents.get(layout.CONFIG), where)
+        sizes = {file.path: file.size_bytes for file in model.files}
+        report = layout.check(where, sizes, documents, {}, vllm_release=serving.vllm_release)
+        observer.checks.append(layout.check_checkpoint(report))
+        observer.found["checkpoint_config"] = config
+        tokenizer_config = documents.get(layout.TOKENIZER_CONFIG)
+        observer.found["has_chat_template"] = has_chat_template(serving, sizes, tokenizer_config)
+        _check_fit(observer, model, serving, config)
+
+
+def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, config: Mapping[str, Any]) -> None:
     weights_bytes = sum(file.size_bytes for file in model.files if file.path.endswith(".safetensors"))
-    config = read_document(model, CONFIG, observer.target, hub_token)
-    observer.found["checkpoint_config"] = config
-    observer.found["has_chat_template"] = has_chat_template(model, serving, observer.target, hub_token)
-    observer.checks.append(_check_checkpoint(model, observer.target, hub_token))
     observer.checks.append(check_memory(weights_bytes, config, serving, accelerator(serving.accelerator.type)))
     observer.checks.append(check_context_window(config, serving))
     copy = weights_copy(serving, from_hub=WEIGHTS_SOURCE is WeightsSource.HUB)
@@ -437,24 +443,6 @@ def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, hu
     )
 
 
-def _check_checkpoint(model: PinnedModel, target: Target, hub_token: str | None) -> Check:
-    """Every shard that the index names is among the files to transfer: found before a byte moves."""
-    name = "checkpoint"
-    sizes = {file.path: file.size_bytes for file in model.files}
-    if INDEX not in sizes:
-        return preflight.ok(name, "one file of weights, without an index")
-    shards = set(read_document(model, INDEX, target, hub_token).get("weight_map", {}).values())
-    missing = sorted(shards - sizes.keys())
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        return preflight.failed(
-            name,
-            f"{INDEX} names {', '.join(missing[:3])}{more}, and {model.repo_id}@{model.short_sha} does not hold them",
-            "Take a revision with the whole checkpoint, or correct transfer.include and transfer.exclude.",
-        )
-    return preflight.ok(name, f"all {len(shards)} shards of the index are there")
-
-
 def _boot_disk_gib(serving: ServingSpec, target: Target) -> int | None:
     """The boot disk of the nodes that the pods get; None for nodes that somebody else made."""
     if target.cluster.mode is ClusterMode.KUBECONFIG:
@@ -464,31 +452,16 @@ def _boot_disk_gib(serving: ServingSpec, target: Target) -> int | None:
     return target.cluster.node_pool.boot_disk_gib
 
 
-def has_chat_template(model: PinnedModel, serving: ServingSpec, target: Target, hub_token: str | None) -> bool:
+def has_chat_template(serving: ServingSpec, paths: Collection[str], tokenizer_config: bytes | None) -> bool:
     """As vLLM looks for one: a flag, a file of its own, a key of the tokenizer's config."""
     flags = {argument.partition("=")[0].replace("_", "-") for argument in serving.extra_args}
-    paths = {file.path for file in model.files}
-    if "--chat-template" in flags or paths.intersection(CHAT_TEMPLATES):
+    if "--chat-template" in flags or not set(layout.CHAT_TEMPLATES).isdisjoint(paths):
         return True
-    if TOKENIZER_CONFIG not in paths:
-        return False
-    return bool(read_document(model, TOKENIZER_CONFIG, target, hub_token).get("chat_template"))
+    config = None if tokenizer_config is None else layout.json_object(tokenizer_config)
+    return bool((config or {}).get("chat_template"))
 
 
-def read_document(model: PinnedModel, path: str, target: Target, hub_token: str | None) -> Mapping[str, Any]:
-    """A JSON object of the model, from the hub at the pinned commit. Raises CheckpointInvalid if there is none."""
-    where = f"{model.repo_id}@{model.short_sha}/{path}"
-    mend = "Take a revision with the whole checkpoint in Hugging Face's format, or correct transfer.include."
-    file = next((file for file in model.files if file.path == path), None)
-    if file is None:
-        raise CheckpointInvalid(f"the checkpoint has no {path}.", where=where, resolution=mend)
-    content = bytearray(min(file.size_bytes, _DOCUMENT_LIMIT_BYTES))
-    for _ in HubClient(target.hub_endpoint, hub_token).open(model, file).read(0, memoryview(content)):
-        pass
-    try:
-        document = json.loads(content)
-    except ValueError as error:
-        raise CheckpointInvalid(f"{path} is not JSON: {error}.", where=where, resolution=mend) from error
-    if not isinstance(document, dict):
-        raise CheckpointInvalid(f"{path} holds no JSON object.", where=where, resolution=mend)
-    return document
+def read_documents(model: PinnedModel, target: Target, hub_token: str | None) -> dict[str, bytes]:
+    """Those of the files that tell of the others (config.json, the index, …) that the commit has, from the hub."""
+    hub = HubClient(target.hub_endpoint, hub_token)
+    return {file.path: hub.read(model, file) for file in model.files if file.path in layout.DOCUMENTS}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from rollout.errors import TransientError
+from rollout.errors import RolloutError, TransientError
 from rollout.report import utc_now
 
 T = TypeVar("T")
@@ -25,9 +25,19 @@ _NEVER = threading.Event()
 
 
 def wait_before_retry_s(failures: int, error: TransientError) -> float:
-    """Seconds to wait after the `failures`-th failure in a row: the server's wish, or exponential with full jitter."""
+    """Seconds to wait after the `failures`-th failure in a row: the server's wish, or exponential with full jitter.
+
+    Raises:
+        RolloutError: the server wishes more than MAX_RETRY_AFTER_S.
+    """
     if error.retry_after_s is not None:
-        return min(error.retry_after_s, MAX_RETRY_AFTER_S)
+        if error.retry_after_s > MAX_RETRY_AFTER_S:
+            raise RolloutError(
+                f"{error.summary} It asks to be left alone for {error.retry_after_s:.0f} s.",
+                where=error.where,
+                resolution="Rerun after that time: what was done is kept.",
+            ) from error
+        return error.retry_after_s
     return random.uniform(0.1, 1.0) * min(FIRST_WAIT_S * 2 ** (failures - 1), MAX_WAIT_S)
 
 
@@ -42,6 +52,7 @@ def with_retries(
 
     Raises:
         TransientError: of the last attempt, or of the current one once `stop` is set.
+        RolloutError: the server wishes to be left alone for longer than we wait.
     """
     failures = 0
     while True:

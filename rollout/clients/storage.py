@@ -1,4 +1,4 @@
-"""Cloud Storage: buckets, small objects, listings, leftovers. Bulk uploads are in `rollout.clients.multipart`."""
+"""Cloud Storage: buckets, small objects, listings, leftovers. Bulk uploads are in `rollout.clients.uploads`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 
 MANAGED_BY = {"managed-by": "llm-rollout"}
 """Label of every bucket that we made: teardown removes no other."""
+
+_ABORT_UPLOADS_AFTER_DAYS = 7
+"""A killed transfer whose branch has moved on is never taken up again, and its parts cost as much as objects; seven
+days: longer than anybody waits with a rerun, which would have to send everything anew."""
 
 _LISTED = "items(name,size,crc32c,generation,metadata),nextPageToken"
 _CONNECTIONS = 32
@@ -150,6 +154,7 @@ class StorageClient:
         bucket.iam_configuration.uniform_bucket_level_access_enabled = True
         bucket.iam_configuration.public_access_prevention = "enforced"
         bucket.labels = dict(labels)
+        bucket.add_lifecycle_abort_incomplete_multipart_upload_rule(age=_ABORT_UPLOADS_AFTER_DAYS)
         with _mapped(f"gs://{self.bucket_name}"):
             try:
                 self._client.create_bucket(bucket, project=self.target.project, location=self.target.region)

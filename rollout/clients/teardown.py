@@ -27,7 +27,7 @@ from rollout.clients.iam import (
 from rollout.clients.projects import Projects
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
-from rollout.clients.transfer import remove_dead_leftovers
+from rollout.clients.transfer import remove_dead_leftovers, unfinished_paths
 from rollout.errors import AnotherWriter, ApiDisabled, NotFound, PermissionMissing
 from rollout.objects import INSTANCE_LABEL, removable
 from rollout.plan import object_name
@@ -207,6 +207,8 @@ def _remove_weights(work: _Teardown, shared_by: str) -> None:
     for uri in sorted(name for kind, name in work.owned if kind == "Weights"):
         path = uri.removeprefix(bucket).strip("/")
         _remove_model_path(work, storage, uri, f"{path}/" if path else "", shared_by)
+    for prefix in unfinished_paths(work.target):
+        _remove_leftovers(work, f"{bucket}/{prefix}".rstrip("/"), prefix)
     if work.weights is Weights.KEEP:
         work.keep("Bucket", bucket, "weights are kept by policy")
         return
@@ -220,19 +222,24 @@ def _remove_weights(work: _Teardown, shared_by: str) -> None:
 
 def _remove_model_path(work: _Teardown, storage: StorageClient, uri: str, prefix: str, shared_by: str) -> None:
     """What killed transfers left goes in any case; the weights if the policy says so and no other model serves."""
-    try:
-        for change in remove_dead_leftovers(work.target, prefix):
-            work.note(change)
-    except AnotherWriter as error:
-        work.keep("Weights", uri, error.summary)
-        return
-    if work.weights is Weights.KEEP:
+    if not _remove_leftovers(work, uri, prefix) or work.weights is Weights.KEEP:
         return
     if shared_by:
         work.keep("Weights", uri, shared_by)
         return
     for change in storage.delete_prefix(prefix):
         work.note(change)
+
+
+def _remove_leftovers(work: _Teardown, uri: str, prefix: str) -> bool:
+    """Remove what killed transfers left below a model path; False if somebody is writing there."""
+    try:
+        for change in remove_dead_leftovers(work.target, prefix):
+            work.note(change)
+    except AnotherWriter as error:
+        work.keep("Weights", uri, error.summary)
+        return False
+    return True
 
 
 def _take_inventory(work: _Teardown, shared_by: str) -> None:

@@ -16,6 +16,7 @@ way follow from what they hold, so a later run finds everything again by one lis
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -30,7 +31,7 @@ from rollout.clients.hub import HubClient
 from rollout.clients.mover import ByteSource, Job, Mover, progress_of
 from rollout.clients.raw_http import HttpPool
 from rollout.clients.retrying import with_retries
-from rollout.clients.staging import DiskFile, stage_files
+from rollout.clients.staging import Staging
 from rollout.clients.storage import StorageClient
 from rollout.clients.uploads import ArrivedPart, Upload, Uploader
 from rollout.errors import AnotherWriter, TransferFailed
@@ -190,12 +191,23 @@ def remove_dead_leftovers(target: Target, prefix: str) -> tuple[Change, ...]:
     Raises:
         AnotherWriter: a run is writing there, and goes on.
     """
-    if not find_leftovers(target, prefix):
+    work = f"{prefix}{WORK_FOLDER}"
+    if not find_leftovers(target, work):
         return ()
     storage = StorageClient(target)
-    for claim in storage.list_objects(f"{prefix}{WORK_FOLDER}{_WRITER}"):
+    for claim in storage.list_objects(f"{work}{_WRITER}"):
         Claim(storage, claim.name, ttl_s=TransferSpec().claim_ttl_s).acquire()
-    return remove_leftovers(target, prefix)
+    return remove_leftovers(target, work)
+
+
+def unfinished_paths(target: Target) -> tuple[str, ...]:
+    """Prefixes of the model paths in the bucket where a transfer is going on or was left unfinished, by any run.
+
+    A record tells of a rollout's weights only: `publish-weights` keeps none.
+    """
+    bucket = f"gs://{target.bucket}/"
+    names = (change.name.removeprefix(bucket) for change in find_leftovers(target))
+    return tuple(sorted({name[: name.index(WORK_FOLDER)] for name in names}))
 
 
 class View:
@@ -306,6 +318,7 @@ class _Run:
         self.place = Place(StorageClient(target), target.weights_prefix(pinned.repo_id, pinned.commit_sha))
         self._pool = HttpPool(stall_timeout_s=spec.stall_timeout_s)
         self._hub = HubClient(target.hub_endpoint, token, pool=self._pool)
+        self._stop = threading.Event()
         self._jobs: tuple[Job, ...] = ()
         self._removed: tuple[Change, ...] = ()
 
@@ -328,7 +341,7 @@ class _Run:
             unfinished = _uploads(uploader, f"{self.place.prefix}{_INCOMING}")
             if sweep:
                 self._removed = self._sweep(uploader, view, unfinished)
-            sources = self._sources(todo, claim)
+            sources = self._sources(todo, claim, on_progress)
             self._jobs = tuple(self._make_jobs(todo, sources, view, uploader, unfinished))
             found_bytes = sum(proof.size_bytes for proof in proofs.values())
 
@@ -337,7 +350,7 @@ class _Run:
                 on_progress(progress_of(self._jobs, found_bytes, len(proofs), started_at))
 
             if self._jobs:
-                Mover(self.place.storage, uploader, self.spec, self._jobs).run(tick, self._pool.close)
+                Mover(self.place.storage, uploader, self.spec, self._jobs).run(tick, self._abandon)
             tick()
         finally:
             self._pool.close()
@@ -407,15 +420,27 @@ class _Run:
                 assembled=view.by_path.get(name.removeprefix(self.place.prefix)),
             )
 
-    def _sources(self, files: Sequence[ModelFile], claim: Claim) -> Mapping[str, ByteSource]:
+    def _sources(self, files: Sequence[ModelFile], claim: Claim, on_progress: OnProgress) -> Mapping[str, ByteSource]:
         if self.spec.route is Route.STREAM:
             return {file.path: self._hub.open(self.pinned, file) for file in files}
+        staging = Staging(self.pinned, self._hub, self.spec, self._stop)
+        started_at, found_bytes = time.monotonic(), staging.bytes_on_disk
         with ThreadPoolExecutor(1) as thread:
-            staging = thread.submit(stage_files, self.pinned, files, self._hub, self.spec)
-            while wait([staging], timeout=_TICK_S).not_done:
-                claim.renew_if_due()
-        folder = staging.result()
-        return {file.path: DiskFile(folder / file.path) for file in files}
+            staged = thread.submit(staging.stage_all, files)
+            try:
+                while wait([staged], timeout=_TICK_S).not_done:
+                    claim.renew_if_due()
+                    on_progress(_staging_progress(staging, found_bytes, files, started_at))
+            except BaseException:
+                self._abandon()
+                raise
+            staged.result()
+        return {file.path: staging.open(file) for file in files}
+
+    def _abandon(self) -> None:
+        """End at once whatever waits for a byte: child processes, connections."""
+        self._stop.set()
+        self._pool.close()
 
     def _file_report(self, job: Job) -> FileReport:
         assert job.stored is not None, "the mover ends only when every file is proven"
@@ -440,6 +465,20 @@ def _unchanged(run: _Run, marker: Provenance, started_at: float) -> TransferRepo
     proven = {file.path: file for file in marker.files}
     files = tuple(run.found_report(proven[file.path]) for file in run.pinned.files)
     return run.report(files, StepStatus.UNCHANGED, started_at)
+
+
+def _staging_progress(staging: Staging, found_bytes: int, files: Sequence[ModelFile], started_at: float) -> Progress:
+    total, on_disk = sum(file.size_bytes for file in files), staging.bytes_on_disk
+    elapsed_s = time.monotonic() - started_at
+    return Progress(
+        bytes_done=min(total, on_disk),
+        bytes_total=total,
+        files_done=0,
+        files_total=len(files),
+        bytes_per_s=max(0, on_disk - found_bytes) / elapsed_s if elapsed_s > 0 else 0.0,
+        elapsed_s=elapsed_s,
+        is_staging=True,
+    )
 
 
 def _first_by_name(uploads: Iterable[Upload]) -> dict[str, Upload]:

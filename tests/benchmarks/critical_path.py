@@ -57,7 +57,7 @@ def in_sequence(plan: RolloutPlan, record: Record) -> None:
     story.run(provision_cluster, plan)
     story.run(provision_bucket, plan.target)
     story.run(publish_weights, plan.model, plan.target, plan.policy.transfer)
-    story.run(check_weights_layout, plan.target, plan.weights_uri)
+    story.run(check_weights_layout, plan.target, plan.weights_uri, plan.serving.vllm_release)
     story.run(make_service_account, plan)
     story.run(set_up_workload_identity, plan)
 

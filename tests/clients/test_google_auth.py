@@ -11,9 +11,10 @@ import requests
 from google.auth.credentials import AnonymousCredentials
 
 from rollout import errors
-from rollout.clients.google_auth import access_token, credentials_for, error_of_response
+from rollout.clients.google_auth import access_token, credentials_for, error_of_response, target_of_bucket
 from rollout.clients.projects import Projects
 from rollout.target import CredentialSource, Target
+from rollout.universe import Universe
 from sandbox.faults import FaultRule, Reply
 from sandbox.google_apis import GoogleApisServer
 
@@ -128,6 +129,39 @@ def test_missing_credentials_say_how_to_log_in(
 
     with pytest.raises(errors.BadInput, match="gcloud auth application-default login"):
         credentials_for(target)
+
+
+def test_a_bucket_alone_is_looked_at_under_the_project_of_the_default_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = {"type": "authorized_user", "client_id": "i", "client_secret": "s", "refresh_token": "t"}
+    user |= {"universe_domain": "s3nsapis.fr", "quota_project_id": "my-project"}
+    (tmp_path / "adc.json").write_text(json.dumps(user))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "adc.json"))
+
+    target = target_of_bucket("weights", Universe(domain="s3nsapis.fr"))
+
+    assert (target.bucket, target.project, target.endpoint("storage")) == (
+        "weights",
+        "my-project",
+        "https://storage.s3nsapis.fr",
+    )
+    assert credentials_for(target).quota_project_id == "my-project"
+    with pytest.raises(errors.UniverseMismatch, match=r"belong to s3nsapis\.fr, the target to googleapis\.com"):
+        credentials_for(target_of_bucket("weights", Universe()))
+
+
+def test_a_bucket_alone_needs_credentials_that_name_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
+    user = {"type": "authorized_user", "client_id": "i", "client_secret": "s", "refresh_token": "t"}
+    (tmp_path / "adc.json").write_text(json.dumps(user))
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "adc.json"))
+    with pytest.raises(errors.BadInput, match="set-quota-project"):
+        target_of_bucket("weights", Universe())
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(errors.BadInput, match="gcloud auth application-default login"):
+        target_of_bucket("weights", Universe())
 
 
 def test_an_unreachable_api_is_transient(google_target: Target, google_apis: GoogleApisServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,19 @@ from typing import Any
 
 import pytest
 
-from rollout.clients.transfer import find_leftovers, finish, publish_shard, read_provenance, remove_leftovers
+from rollout.clients.hub import HubClient
+from rollout.clients.staging import Staging
+from rollout.clients.transfer import (
+    find_leftovers,
+    finish,
+    publish_shard,
+    read_provenance,
+    remove_dead_leftovers,
+    remove_leftovers,
+    unfinished_paths,
+)
 from rollout.clients.transfer_job import run_shard
-from rollout.errors import AnotherWriter, HashMismatch, TransferFailed
+from rollout.errors import AnotherWriter, HashMismatch, RepositoryGated, TransferFailed, TransientError
 from rollout.report import StepStatus
 from rollout.target import WeightsLayout
 from rollout.transfer import Progress, Route, Source, TransferSpec
@@ -110,24 +121,125 @@ def test_an_object_that_was_changed_behind_our_back_is_sent_again(place: Weights
 
 def test_the_stage_route_leaves_a_local_copy(place: WeightsPlace, tmp_path: Path) -> None:
     pinned = place.pin()
-    spec = SPEC.model_copy(update={"route": Route.STAGE, "staging_dir": str(tmp_path / "stage")})
-    report = place.publish(pinned, spec)
+    report = place.publish(pinned, staging(tmp_path))
     place.assert_published(pinned)
     assert {file.source for file in report.files} == {Source.DISK}
     copy = tmp_path / "stage" / pinned.repo_id / pinned.commit_sha
     assert {path.name for path in copy.iterdir()} == {file.path for file in pinned.files}
 
 
-def test_a_damaged_staged_file_never_gets_a_final_name(place: WeightsPlace, tmp_path: Path) -> None:
+def staging(tmp_path: Path, **more: Any) -> TransferSpec:
+    return SPEC.model_copy(update={"route": Route.STAGE, "staging_dir": str(tmp_path / "stage"), **more})
+
+
+def test_a_damaged_staged_file_is_fetched_again(place: WeightsPlace, tmp_path: Path) -> None:
     pinned = place.pin()
-    spec = SPEC.model_copy(update={"route": Route.STAGE, "staging_dir": str(tmp_path / "stage")})
     shard = next(file for file in pinned.files if file.path.endswith(".safetensors"))
     staged = tmp_path / "stage" / pinned.repo_id / pinned.commit_sha / shard.path
     staged.parent.mkdir(parents=True)
     staged.write_bytes(bytes(shard.size_bytes))
-    with pytest.raises(HashMismatch, match="sha256"):
-        place.publish(pinned, spec)
+    place.publish(pinned, staging(tmp_path))
+    place.assert_published(pinned)
+
+
+def test_a_file_that_stays_wrong_however_often_it_is_staged_never_gets_a_final_name(
+    place: WeightsPlace, tmp_path: Path
+) -> None:
+    pinned = place.pin()
+    place.hub.faults.add(on_hub(Corrupt(at=0.5)))
+    with pytest.raises(HashMismatch, match="after 3 readings"):
+        place.publish(pinned, staging(tmp_path))
     assert not any(name.endswith(".safetensors") for name in place.names())
+    place.hub.faults.clear()
+    place.publish(pinned, staging(tmp_path))
+    place.assert_published(pinned)
+
+
+@pytest.mark.parametrize(
+    ("fault", "times"), [(Stall(seconds=3600, at=0.5), 6), (Stall(seconds=3600), 2), (Reply(status=503), 3)]
+)
+def test_staging_survives_a_hub_that_stops_talking_and_says_how_far_it_is(
+    make_place: PlaceMaker, tmp_path: Path, fault: Fault, times: int
+) -> None:
+    place = make_place(files=model_files(shards=2, shard_bytes=12 * MIB))
+    pinned = place.pin()
+    place.hub.faults.add(on_hub(fault, first=times))
+    seen: list[Progress] = []
+    place.publish(pinned, staging(tmp_path, stall_timeout_s=1.0), on_progress=seen.append)
+    place.assert_published(pinned)
+    staged = [progress for progress in seen if progress.is_staging]
+    assert staged
+    assert {progress.bytes_total for progress in staged} == {pinned.total_bytes}
+
+
+def test_staging_that_gets_no_byte_gives_up_and_names_the_file(make_place: PlaceMaker, tmp_path: Path) -> None:
+    place = make_place(files=model_files(shards=1, shard_bytes=12 * MIB))
+    pinned = place.pin()
+    place.hub.faults.add(on_hub(Stall(seconds=3600, at=0.5)))
+    with pytest.raises(TransientError, match=r"model-00001-of-00001.safetensors: no byte came for 1 s"):
+        place.publish(pinned, staging(tmp_path, stall_timeout_s=1.0, attempts=2))
+
+
+def test_staging_stops_when_the_claim_is_lost(make_place: PlaceMaker, tmp_path: Path) -> None:
+    place = make_place(files=model_files(shards=1, shard_bytes=12 * MIB))
+    pinned = place.pin()
+    place.hub.faults.add(on_hub(Stall(seconds=3600, at=0.5)))
+    claim = f"{place.prefix(pinned)}.llm-rollout/transfer/writer.json"
+
+    def take_over(progress: Progress) -> None:
+        place.client.write_json(claim, {"writer": "somebody else"})
+
+    with pytest.raises(AnotherWriter):
+        place.publish(pinned, staging(tmp_path, stall_timeout_s=3600.0), on_progress=take_over)
+
+
+def test_a_disk_that_is_too_small_is_told_before_any_byte_moves(make_place: PlaceMaker, tmp_path: Path) -> None:
+    place = make_place()
+    pinned = place.pin()
+    large = pinned.files[-1].model_copy(update={"size_bytes": 10**18})
+    hub = HubClient(place.hub.url, None)
+    place.hub.forget_requests()
+    with pytest.raises(TransferFailed, match=r"need 1000000000\.0 GB, the disk has .* transfer\.staging_dir"):
+        Staging(pinned, hub, staging(tmp_path), threading.Event()).stage_all([large])
+    assert place.hub.requests == ()
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [(None, "is gated without a token"), ("hf_wrong", "does not accept the token"), ("hf_other", "is gated to the")],
+)
+def test_what_the_hub_refuses_to_its_own_client_is_told_at_once(
+    make_place: PlaceMaker, tmp_path: Path, token: str | None, said: str
+) -> None:
+    """Files in xet come through huggingface_hub; the stand-in has no xet, so the file is only said to be in it."""
+    place = make_place(tokens={"hf_good": HubToken("me", accepted=frozenset({"org/model"})), "hf_other": HubToken("o")})
+    place.hub.store.restrict("org/model", gate="manual")
+    pinned = place.pin("hf_good")
+    in_xet = pinned.files[-1].model_copy(update={"is_xet": True})
+    place.hub.forget_requests()
+    with pytest.raises(RepositoryGated, match=said):
+        Staging(pinned, HubClient(place.hub.url, token), staging(tmp_path), threading.Event()).stage(in_xet)
+    assert len(place.hub.requests) == 1
+    hub = HubClient(place.hub.url, "hf_good")
+    Staging(pinned, hub, staging(tmp_path), threading.Event()).stage(in_xet)
+
+
+def test_a_disk_that_is_full_is_told_with_the_systems_word(place: WeightsPlace, tmp_path: Path) -> None:
+    pinned = place.pin()
+    (tmp_path / "stage").write_text("a file where the folder should be")
+    with pytest.raises(TransferFailed, match=r"the disk refuses: .*transfer\.staging_dir"):
+        place.publish(pinned, staging(tmp_path))
+
+
+def test_a_damaged_copy_behind_a_link_is_asked_for_anew_by_another_link(make_place: PlaceMaker) -> None:
+    place = make_place(cdn_link_ttl_s=600, files=model_files(shards=1, shard_bytes=12 * MIB))
+    pinned = place.pin()
+    place.hub.forget_requests()
+    place.hub.faults.add(on_hub(Corrupt(at=0.5), path="/repos/", first=1))
+    place.publish(pinned, SPEC.model_copy(update={"connections": 1}))
+    place.assert_published(pinned)
+    links = [record for record in place.hub.requests if "/resolve/" in record.path and "safetensors" in record.path]
+    assert len(links) == 2
 
 
 FAULTS: list[tuple[str, list[FaultRule]]] = [
@@ -328,6 +440,20 @@ def test_leftovers_of_a_run_that_nobody_continues_are_found_and_removed(killed: 
     assert {change.name for change in removed} == {change.name for change in found}
     assert find_leftovers(killed.target) == ()
     assert killed.names() == set()
+
+
+def test_a_path_that_no_record_knows_is_found_by_what_a_killed_run_left_there(killed: WeightsPlace) -> None:
+    abandoned = killed.prefix(killed.pin())
+    killed.hub.store.publish("org/model", model_files(shards=1, seed="the branch has moved"))
+    killed.publish()
+    assert unfinished_paths(killed.target) == (abandoned,)
+    assert remove_dead_leftovers(killed.target, abandoned)
+    assert unfinished_paths(killed.target) == ()
+
+
+def test_the_leftovers_at_the_buckets_root_are_not_those_of_the_paths_below_it(killed: WeightsPlace) -> None:
+    assert remove_dead_leftovers(killed.target, "") == ()
+    assert unfinished_paths(killed.target) == (killed.prefix(killed.pin()),)
 
 
 def test_leftovers_that_this_run_cannot_use_are_removed_by_it(killed: WeightsPlace) -> None:

@@ -60,6 +60,8 @@ def test_a_bucket_is_made_private_uniform_labelled_and_in_the_region(storage: St
     assert found.iam_configuration.uniform_bucket_level_access_enabled
     assert found.iam_configuration.public_access_prevention == "enforced"
     assert found.labels == {"managed-by": "llm-rollout", "model": "m"}
+    (rule,) = found.lifecycle_rules
+    assert (rule["action"], rule["condition"]) == ({"type": "AbortIncompleteMultipartUpload"}, {"age": 7})
     assert client.ensure_bucket().action is Action.UNCHANGED
 
 

@@ -60,6 +60,7 @@ MISTAKES = [
     Mistake(("rollout", MODEL, "-t", "target.yaml", "--policy", "broken.yaml"), ("broken.yaml", "policy")),
     Mistake(("rollout", MODEL, "-t", "target.yaml", "--policy", "policy.yaml"), ("policy.yaml", "objectivs", "Extra")),
     Mistake(("check-layout", "gs://b/m", "-t", "nowhere"), ("nowhere", "deployments/targets/")),
+    Mistake(("check-layout", "some/folder"), ("some/folder", "gs://bucket")),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rollout.errors import LayoutInvalid
+from rollout.errors import CheckpointInvalid, LayoutInvalid
 from rollout.layout import (
     CONFIG,
     INDEX,
@@ -15,10 +15,13 @@ from rollout.layout import (
     SafetensorsHeader,
     Severity,
     check,
+    check_checkpoint,
     header_bytes,
+    parse_config,
     parse_header,
     require_valid,
 )
+from rollout.preflight import CheckState
 
 URI = "gs://bucket/org/m/sha"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -141,7 +144,9 @@ def test_no_weights_at_all_is_an_error_and_bin_files_are_a_warning(place: Place)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("[", "config.json is not a JSON object: send it again."),
+        ("[", "config.json is not a JSON object."),
+        ("[]", "config.json is not a JSON object."),
+        ('{"architectures": 1}', "config.json names no architecture"),
         ("{}", "config.json names no architecture: it is not the configuration of a language model."),
         ('{"architectures": ["Gemma4ForCausalLMs"]}', "The nearest one that it serves is Gemma4ForCausalLM."),
         ('{"architectures": ["StableDiffusion"]}', "StableDiffusion, which vLLM 0.32.0 does not serve."),
@@ -149,7 +154,40 @@ def test_no_weights_at_all_is_an_error_and_bin_files_are_a_warning(place: Place)
 )
 def test_a_configuration_that_vllm_does_not_serve_is_an_error(place: Place, config: str, message: str) -> None:
     place.documents[CONFIG] = config
-    assert message in place.errors()[0]
+    assert message in place.errors(vllm_release="0.32.1")[0]
+
+
+@pytest.mark.parametrize(
+    ("release", "image"), [(None, "The image is of an unknown release"), ("0.40.0", "The image is vLLM 0.40.0")]
+)
+def test_an_architecture_newer_than_the_list_is_a_warning_that_names_the_lists_release(
+    place: Place, release: str | None, image: str
+) -> None:
+    place.documents[CONFIG] = '{"architectures": ["Gemma5ForCausalLM"]}'
+    report = place.check(vllm_release=release)
+    assert report.is_valid
+    (warning,) = report.findings
+    assert "vLLM 0.32.0 does not serve" in warning.message
+    assert image in warning.message
+
+
+def test_the_files_of_a_commit_are_checked_as_what_they_will_be_in_the_bucket(place: Place) -> None:
+    place.headers = {}
+    assert check_checkpoint(place.check()).state is CheckState.OK
+    place.documents[INDEX] = json.dumps(
+        {"metadata": {"total_size": 10**9}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}
+    )
+    assert "1,000,000,000 bytes of tensors, the shards have 200" in check_checkpoint(place.check()).why
+    del place.sizes[SHARDS[1]]
+    check = check_checkpoint(place.check())
+    assert check.state is CheckState.FAILED
+    assert SHARDS[1] in check.why
+
+
+@pytest.mark.parametrize("data", [None, b"[", b"[]", b"\xff", b"[" * 10**6])
+def test_a_configuration_that_is_none_is_an_error_that_says_where(data: bytes | None) -> None:
+    with pytest.raises(CheckpointInvalid, match=r"^org/model@abc: config\.json is .* Choose another re|in the trans"):
+        parse_config(data, "org/model@abc")
 
 
 def test_no_tokenizer_is_an_error_and_half_of_one_is_none(place: Place) -> None:
@@ -173,6 +211,17 @@ def test_an_original_folder_breaks_streaming_and_another_one_is_only_superfluous
         "the folder original/ holds weights (original/consolidated.00.pth), which break streaming."
     ]
     assert place.warnings() == ["the folder images/ does not belong to the model (images/a.png)."]
+
+
+def test_files_at_the_root_that_are_not_the_models_are_named(place: Place) -> None:
+    place.sizes |= {"x.tar": 5, "secrets.env": 1, "LICENSE": 1, "generation_config.json": 1, "modeling.py": 1}
+    assert place.warnings() == ["files that do not belong to the model: secrets.env, x.tar."]
+    assert place.errors() == []
+
+
+def test_weights_in_a_second_format_are_named(place: Place) -> None:
+    place.sizes |= {"pytorch_model.bin": 9, "model.gguf": 9}
+    assert place.warnings() == ["weights in a second format beside safetensors: model.gguf, pytorch_model.bin."]
 
 
 def test_an_unfinished_transfer_is_a_warning(place: Place) -> None:

@@ -104,7 +104,12 @@ def test_more_pods_never_forecast_a_longer_transfer_beyond_their_start() -> None
 def test_progress_knows_its_end_only_after_the_first_byte() -> None:
     start = Progress(bytes_done=0, bytes_total=100, files_done=0, files_total=1, bytes_per_s=0, elapsed_s=1)
     assert start.seconds_left is None
+    assert start.text == "0.00 of 0.00 GB, 0 MB/s, starting"
     assert start.model_copy(update={"bytes_done": 50, "bytes_per_s": 10.0}).seconds_left == 5.0
+    later = Progress(
+        bytes_done=13 * 10**9, bytes_total=52 * 10**9, files_done=3, files_total=12, bytes_per_s=650e6, elapsed_s=20
+    )
+    assert later.text == "13.00 of 52.00 GB, 650 MB/s, 60 s left"
 
 
 FILE = ModelFile(path="model.safetensors", size_bytes=3, sha256="a" * 64)

@@ -1,4 +1,4 @@
-"""A secret goes to whom it belongs, and to nobody else."""
+"""A token that merely lies in the environment goes to the hub that it belongs to, and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import pytest
 from rollout.target import Endpoints, Target
 from tasks.credentials import hub_token
 
-TARGET = Target(name="paris", project="my-project", region="europe-west9", bucket="my-bucket")
-
 
 @pytest.mark.parametrize(
-    ("hub", "sent"),
+    ("hub", "token"),
     [
-        (None, "hf_mine"),
-        ("https://huggingface.co", "hf_mine"),
+        (None, "hf_of_the_user"),
+        ("https://huggingface.co", "hf_of_the_user"),
+        ("https://huggingface.co/", "hf_of_the_user"),
         ("http://huggingface.co", None),
         ("https://huggingface.co.example.com", None),
         ("https://mirror.example.com", None),
-        ("http://127.0.0.1:8080", None),
+        ("http://127.0.0.1:8000", None),
     ],
 )
-def test_the_environments_token_goes_to_hugging_face_alone(
-    monkeypatch: pytest.MonkeyPatch, hub: str | None, sent: str | None
+def test_the_environments_token_goes_to_huggingface_co_only(
+    hub: str | None, token: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    assert hub_token(TARGET.model_copy(update={"endpoints": Endpoints(hub=hub)})) == sent
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
+    target = Target(
+        name="t", project="some-project", region="europe-west1", bucket="weights", endpoints=Endpoints(hub=hub)
+    )
+    assert hub_token(target) == token

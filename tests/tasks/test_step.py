@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from prefect import flow
 from prefect.artifacts import Artifact as StoredArtifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from rollout.errors import BadInput, TransientError
 from rollout.report import Action, Change, StepReport, StepStatus
+from rollout.target import Target
+from tasks.record import recorded
 from tasks.step import Artifact, Outcome, ProgressBar, Story, step
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
@@ -153,18 +155,52 @@ def test_joined_steps_all_end_before_the_failure_of_one_is_raised_and_what_came_
     ]
 
 
-def test_what_the_server_does_not_take_costs_the_picture_and_not_the_work() -> None:
-    @step("long")
-    def long() -> Outcome[int]:
-        bar = ProgressBar("gone", "a bar that somebody deletes meanwhile", every_s=0.0)
-        with get_client(sync_client=True) as client:
-            (shown,) = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["gone"])))
-            client.request("DELETE", f"/artifacts/{shown.id}").raise_for_status()
-        bar.update(50.0, "half of it")
+def test_what_people_are_shown_is_not_what_the_work_fails_of() -> None:
+    """The Prefect server restarts in the middle: no artifact, no progress, but the work goes on."""
+
+    @step("works")
+    def works() -> Outcome[int]:
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+            with ProgressBar("never-shown", "Work", every_s=0) as bar:
+                for percent in range(100):
+                    bar.update(percent)
+            Artifact("never-shown", "A table", table=[{"a": 1}]).publish()
         return Outcome(value=7, summary="seven")
 
     @flow
     def tell() -> int:
-        return Story(lambda _: None).run(long)
+        return Story(lambda _: None).run(works)
 
     assert tell() == 7
+
+
+def test_a_record_that_cannot_be_shown_does_not_hide_why_the_rollout_failed(tmp_path: Path) -> None:
+    target = Target(name="t", project="some-project", region="europe-west1", bucket="weights")
+    nowhere = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+
+    @flow
+    def tell() -> None:
+        with temporary_settings(nowhere), recorded(target, str(tmp_path / "report.json")):
+            raise BadInput("the real reason.")
+
+    with pytest.raises(BadInput, match="the real reason"):
+        tell()
+    assert "the real reason" in (tmp_path / "report.json").read_text()
+
+
+def test_a_progress_bar_shows_the_last_state_with_its_details() -> None:
+    @step("long")
+    def long() -> Outcome[None]:
+        with ProgressBar("long-work", "Weights") as bar:
+            for percent in range(101):
+                bar.update(percent, f"{percent} of 100 GB")
+        return Outcome(value=None, summary="")
+
+    @flow
+    def tell() -> None:
+        Story(lambda _: None).run(long)
+
+    tell()
+    stored = StoredArtifact.get("long-work")
+    assert stored is not None
+    assert (stored.data, stored.description) == (100.0, "Weights: 100 of 100 GB")
