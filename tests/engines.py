@@ -29,6 +29,16 @@ GEMMA_ARGUMENTS = (
 )
 
 
+def vllm_python() -> Path:
+    """The python of the venv of real vLLM, which need not be there."""
+    return Path(os.environ.get("LLM_ROLLOUT_VLLM_PYTHON") or REPOSITORY / ".venv-vllm" / "bin" / "python")
+
+
+def has_vllm() -> bool:
+    """Whether that venv is complete."""
+    return (vllm_python().parent.parent / ".complete").is_file()
+
+
 def checkpoint(folder: Path, *, gemma: bool = False, context_window: int = 8192) -> Path:
     """A tiny checkpoint whose tokenizer counts words; `gemma` makes it multimodal and able to think."""
     model = tiny_model(folder)

@@ -24,6 +24,7 @@ import pytest
 from sandbox.engine.metrics import token_count_buckets
 from sandbox.models import smollm2, tiny_model
 from sandbox.processes import Child
+from tests.engines import has_vllm, vllm_python
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -112,10 +113,6 @@ def _drain(stream: Any, target: Path) -> None:
             file.write(line)
 
 
-def vllm_python() -> Path:
-    return Path(os.environ.get("LLM_ROLLOUT_VLLM_PYTHON") or REPOSITORY / ".venv-vllm" / "bin" / "python")
-
-
 @pytest.fixture(
     scope="module",
     params=["simulated", pytest.param("real", marks=[pytest.mark.vllm, pytest.mark.timeout(1800)])],
@@ -123,7 +120,7 @@ def vllm_python() -> Path:
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     folder = tmp_path_factory.mktemp("engine")
     is_real = request.param == "real"
-    if is_real and not (vllm_python().parent.parent / ".complete").is_file():
+    if is_real and not has_vllm():
         pytest.skip(f"no venv of real vLLM at {vllm_python()}: make it with sandbox.engine.real_vllm.ensure_venv")
     environment = {} if is_real else {"SANDBOX_ENGINE_LATENCY": QUICK}
     if is_real:
