@@ -114,7 +114,7 @@ def main(mode: str, *arguments: str) -> None:
         mode, arguments = "crash", arguments[1:]
     if mode == "warn":
         print(*arguments, sep="\n", flush=True)
-        mode, arguments = "serve", ("3.0",)
+        mode, arguments = "serve", (os.environ.get("LOADING_S", "3.0"),)
     if mode == "serve":
         serve(float(arguments[0]) if arguments else 0.0)
     if mode == "crash":

@@ -563,6 +563,10 @@ def test_what_does_not_go_is_named_at_the_deadline(client: ClusterClient) -> Non
 # --- Waiting ----------------------------------------------------------------------------------------------------------
 
 
+SLOW = [{"name": "LOADING_S", "value": "3600"}]
+"""Lets the test program's `warn` load for an hour."""
+
+
 def start(client: ClusterClient, *args: str, **options: Any) -> None:
     client.apply([namespace_of(client), program(client, *args, **options)])
 
@@ -630,12 +634,21 @@ def test_a_server_that_ends_without_an_error_ends_the_wait_after_some_restarts(r
         running.wait_available("web", deadline_s=DEADLINE_S)
 
 
+def test_a_hanging_container_with_a_suspicious_log_ends_at_the_deadline_with_the_line(running: ClusterClient) -> None:
+    start(running, "warn", "WARNING: CUDA driver version is insufficient, RuntimeError", container={"env": SLOW})
+    with pytest.raises(StartTakesTooLong, match="CUDA driver version is insufficient") as caught:
+        running.wait_available("web", deadline_s=10.0)
+    assert caught.value.diagnosis is not None
+    assert caught.value.diagnosis.suspected
+
+
 def test_a_warning_that_reads_like_a_failure_is_told_and_does_not_end_the_wait(running: ClusterClient) -> None:
     start(running, "warn", "WARNING: CUDA driver version is insufficient, RuntimeError ignored")
     progress: list[Progress] = []
     report = running.wait_available("web", deadline_s=DEADLINE_S, on_progress=progress.append)
     assert report.pods
     assert {step.diagnosis.suspected for step in progress if step.diagnosis} == {True}
+    assert report.healed == ()
 
 
 def test_a_fault_that_heals_in_time_is_reported_and_forgiven(running: ClusterClient, tmp_path: Path) -> None:
