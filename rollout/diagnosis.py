@@ -285,7 +285,7 @@ def _is_history(
     if pod is None:
         return False
     if reason in _PLACING:
-        return _is_scheduled(pod) or (reason != "FailedScaleUp" and _node_is_coming(str(name), events))
+        return _is_scheduled(pod) or _node_is_coming(str(name), events)
     if reason in _PREPARING:
         return _is_running(pod) or _is_pulled_anew(str(name), events)
     return False

@@ -108,7 +108,8 @@ class ServingSpec(Value):
     """Further environment of the container."""
     strategy: UpdateStrategy = UpdateStrategy.ROLLING
     ready_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """1800 s: the tutorial's `kubectl wait --timeout`; scale-up ≈300 s + image ≈200 s + 52 GB at 0.2 GB/s ≈260 s."""
+    """1800 s: the tutorial's `kubectl wait --timeout`; scale-up ≈300 s + image ≈200 s + 52 GB twice at 0.2 GB/s ≈520 s
+    + engine ≈180 s = 1200 s."""
     weights_bytes_per_s: Annotated[float, Field(gt=0)] = 0.2e9
     """Slowest rate of one pass over the weights. 0.2 GB/s is an assumption, not a measurement: about what a balanced
     persistent disk of 100 GiB carries (https://cloud.google.com/compute/docs/disks/performance: 0.28 MiB/s for each GiB

@@ -2,8 +2,9 @@
 
 A misspelt flag costs a node scale-up and a crash loop before anybody reads the log; so the product checks a serving
 spec's arguments here, before anything is created. `FLAGS` was generated once from vLLM 0.32's own parser
-(`vllm.entrypoints.launchers.cli_args.make_arg_parser`): names, aliases, kinds of values and choices. Meaning is not
-checked: a value of the right kind may still be refused when the engine starts.
+(`vllm.entrypoints.launchers.cli_args.make_arg_parser`): names, aliases, kinds of values and choices. Where its venv is
+there, a test holds this parser against it. Meaning is not checked: a value of the right kind may still be refused when
+the engine starts.
 """
 
 from __future__ import annotations

@@ -30,6 +30,16 @@ GEMMA_ARGUMENTS = (
 )
 
 
+def vllm_python() -> Path:
+    """The python of the venv of real vLLM, which need not be there."""
+    return Path(os.environ.get("LLM_ROLLOUT_VLLM_PYTHON") or REPOSITORY / ".venv-vllm" / "bin" / "python")
+
+
+def has_vllm() -> bool:
+    """Whether that venv is complete."""
+    return (vllm_python().parent.parent / ".complete").is_file()
+
+
 def checkpoint(folder: Path, *, gemma: bool = False, context_window: int = 8192) -> Path:
     """A tiny checkpoint whose tokenizer counts words; `gemma` makes it multimodal and able to think."""
     model = tiny_model(folder)
@@ -52,10 +62,9 @@ def checkpoint(folder: Path, *, gemma: bool = False, context_window: int = 8192)
 
 def real_vllm_python() -> Path:
     """The python of real vLLM's venv; skips the test where there is none."""
-    python = Path(os.environ.get("LLM_ROLLOUT_VLLM_PYTHON") or REPOSITORY / ".venv-vllm" / "bin" / "python")
-    if not (python.parent.parent / ".complete").is_file():
-        pytest.skip(f"no venv of real vLLM at {python}: make it with sandbox.engine.real_vllm.ensure_venv")
-    return python
+    if not has_vllm():
+        pytest.skip(f"no venv of real vLLM at {vllm_python()}: make it with sandbox.engine.real_vllm.ensure_venv")
+    return vllm_python()
 
 
 @contextmanager

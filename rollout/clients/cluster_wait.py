@@ -242,7 +242,8 @@ class StartupWait:
         self._lasted_s = self._history.note(diagnosis.category, time.monotonic())
         if diagnosis.category in _EXPLAINED_LATER and self._lasted_s < SETTLE_S:
             return None
-        self._faults[diagnosis.category] = diagnosis
+        if not diagnosis.suspected:
+            self._faults[diagnosis.category] = diagnosis
         return diagnosis
 
     def _judge(self, diagnosis: Diagnosis) -> None:
@@ -278,14 +279,17 @@ class StartupWait:
         return max((restarts(pod) for pod in self._new_pods()), default=0)
 
     def _too_late(self, deadline_s: float, diagnosis: Diagnosis | None) -> RolloutError:
-        if diagnosis:
+        if diagnosis and not diagnosis.suspected:
             return self._failure(diagnosis)
+        seen = "Nothing is wrong that could be seen:"
+        if diagnosis:
+            seen = f"Suspicious is the {diagnosis.detail}. {diagnosis.resolution} If that is not it,"
         slow = StartTakesTooLong(
             f"not available after {deadline_s:.0f} s; last seen: {self._last_message or 'nothing'}.",
             where=self._where,
-            resolution="Nothing is wrong that could be seen: give it longer with serving.ready_timeout_s, or look at"
-            " the waterfall for the slow stage.",
+            resolution=f"{seen} give it longer with serving.ready_timeout_s; the waterfall shows the slow stage.",
         )
+        slow.diagnosis = diagnosis
         return self._with_evidence(slow)
 
     def _observation(self) -> StartupObservation:
@@ -606,7 +610,8 @@ def _condition(pod: Mapping[str, Any], kind: str) -> bool:
 def _event_order(event: Mapping[str, Any]) -> tuple[str, int]:
     """Oldest first. Stamps are whole seconds: the order of creation decides between equals."""
     metadata = event["metadata"]
-    stamp = event.get("eventTime") or event.get("lastTimestamp") or metadata.get("creationTimestamp") or ""
+    repeated = (event.get("series") or {}).get("lastObservedTime")
+    stamp = repeated or event.get("eventTime") or event.get("lastTimestamp") or metadata.get("creationTimestamp") or ""
     version = str(metadata.get("resourceVersion") or "0")
     return str(stamp)[:19], int(version) if version.isdigit() else 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -48,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path.startswith("/bytes/"):
             self.answer(bytes(int(self.path.removeprefix("/bytes/"))))
         elif self.path == "/name":
-            self.answer(os.environ.get("SANDBOX_POD_NAME", "").encode())
+            self.answer(os.environ.get("SANDBOX_POD_NAME", socket.gethostname()).encode())
         else:
             self.answer(b"")
 
@@ -100,7 +101,9 @@ def serve(seconds: float) -> None:
         time.sleep(seconds / 3)
     print(f"(EngineCore pid=2) INFO [default_loader.py:501] Loading weights took {max(seconds, 0.01):.2f} seconds")
     print("INFO:     Application startup complete.", flush=True)
-    Server(("127.0.0.1", int(os.environ["SANDBOX_HOST_PORT"])), Handler).serve_forever()
+    # The sandbox's pods share this machine: each gets a port of its own. A real one has its container's.
+    host, port = ("127.0.0.1", os.environ["SANDBOX_HOST_PORT"]) if "SANDBOX_HOST_PORT" in os.environ else ("", "8080")
+    Server((host, int(port)), Handler).serve_forever()
 
 
 def main(mode: str, *arguments: str) -> None:
@@ -111,7 +114,7 @@ def main(mode: str, *arguments: str) -> None:
         mode, arguments = "crash", arguments[1:]
     if mode == "warn":
         print(*arguments, sep="\n", flush=True)
-        mode, arguments = "serve", ("3.0",)
+        mode, arguments = "serve", (os.environ.get("LOADING_S", "3.0"),)
     if mode == "serve":
         serve(float(arguments[0]) if arguments else 0.0)
     if mode == "crash":

@@ -1,6 +1,10 @@
 """The cluster client against an API server: the sandbox's, or the real one that KUBECONFIG or KUBEBUILDER_ASSETS gives.
 
-Tests of the API run everywhere. Tests that need controllers, nodes or faults are left out where there are none.
+Tests of the API run everywhere. With KUBECONFIG, those that wait, diagnose, reach and delete run too: their pods run
+the test program in `TEST_CLUSTER_IMAGE` (any image with Python 3.11 or newer; `python:3.12-slim` by default), on nodes
+that can pull it. What needs nodes is left out with KUBEBUILDER_ASSETS, which has none.
+Only the sandbox can do what the tests with the fixtures `server` and `breakable` ask for: API servers that fail on
+demand, nodes that die, admission that denies, GPUs and taints as wanted. They take it whatever is configured.
 """
 
 from __future__ import annotations
@@ -52,7 +56,15 @@ from rollout.waterfall import Stage
 from sandbox.cluster import KubernetesServer, NodeSettings
 from sandbox.cluster.nodes import Machine
 
-PROGRAM = (sys.executable, str(Path(__file__).with_name("pod_program.py")))
+POD_PROGRAM = Path(__file__).with_name("pod_program.py")
+PROGRAM = (sys.executable, str(POD_PROGRAM))
+REAL_IMAGE = os.environ.get("TEST_CLUSTER_IMAGE", "python:3.12-slim")
+NO_SUCH_IMAGE = "registry.k8s.io/pause:no-such-tag"
+"""A registry that says so to everybody; others ask for a login first."""
+STATE = Path("/state")
+"""Where a real pod keeps what outlives its container: the sandbox's write to this machine's files."""
+REAL = "real"
+"""Name of the target whose cluster is not the sandbox's."""
 DEADLINE_S = 120.0
 """Generous: the machine may be busy."""
 
@@ -70,7 +82,7 @@ class Environment:
         name = namespace or f"test-{uuid.uuid4().hex[:8]}"
         return ClusterClient.connect(
             Target(
-                name="test",
+                name="sandbox" if self.server else REAL,
                 project="my-project",
                 region="u-france-east1",
                 cluster=cluster,
@@ -189,9 +201,9 @@ def controlled(environment: Environment, client: ClusterClient) -> ClusterClient
 
 @pytest.fixture
 def running(environment: Environment, client: ClusterClient) -> ClusterClient:
-    """A client of a cluster that runs our test images."""
-    if environment.server is None:
-        pytest.skip("needs the sandbox's nodes")
+    """A client of a cluster that runs our test program."""
+    if environment.server is None and not environment.has_controllers:
+        pytest.skip("needs nodes")
     return client
 
 
@@ -229,13 +241,22 @@ def namespace_of(client: ClusterClient) -> KubernetesObject:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
 
 
+def runnable(client: ClusterClient, image: str) -> dict[str, Any]:
+    """The test program as a container: an image of the sandbox, or its source for a real image with Python."""
+    if client.target.name != REAL or not image.startswith("test/"):
+        return {"image": image}
+    command = ["python", "-u", "-c", POD_PROGRAM.read_text(encoding="utf-8")]
+    state = [{"name": "state", "mountPath": str(STATE)}]
+    return {"image": REAL_IMAGE, "command": command, "volumeMounts": state}
+
+
 def program(
     client: ClusterClient, *args: str, name: str = "web", replicas: int = 1, image: str = "test/web:1", **pod: Any
 ) -> KubernetesObject:
     """A Deployment that runs the test program."""
     container: dict[str, Any] = {
         "name": "inference-server",
-        "image": image,
+        **runnable(client, image),
         "args": list(args),
         "ports": [{"containerPort": 8080, "protocol": "TCP"}],
         "readinessProbe": {"httpGet": {"path": "/health", "port": 8080}, "periodSeconds": 1},
@@ -257,7 +278,12 @@ def program(
             "progressDeadlineSeconds": 600,
             "template": {
                 "metadata": {"labels": {"app": name}},
-                "spec": {"terminationGracePeriodSeconds": 1, "containers": [container], **pod},
+                "spec": {
+                    "terminationGracePeriodSeconds": 1,
+                    "containers": [container],
+                    "volumes": [{"name": "state", "emptyDir": {}}],
+                    **pod,
+                },
             },
         },
     }
@@ -343,11 +369,11 @@ def test_a_field_that_the_plan_drops_goes(client: ClusterClient) -> None:
 
 def test_a_field_of_another_manager_is_a_conflict_that_names_both(client: ClusterClient) -> None:
     client.apply([namespace_of(client), program(client, "serve")])
-    other = program(client, "serve", image="test/web:other")
+    other = program(client, "serve", image="example.com/web:other")
     query = {"fieldManager": "somebody", "force": True}
     client.api.request("PATCH", client.api.path_of(other), query, other, "application/apply-patch+yaml")
     with pytest.raises(FieldConflict, match=r'containers\[name="inference-server"\]\.image.*"somebody"'):
-        client.apply([program(client, "serve", image="test/web:2")])
+        client.apply([program(client, "serve", image="example.com/web:2")])
 
 
 def test_an_apply_leaves_an_autoscalers_replicas_alone(client: ClusterClient) -> None:
@@ -537,6 +563,10 @@ def test_what_does_not_go_is_named_at_the_deadline(client: ClusterClient) -> Non
 # --- Waiting ----------------------------------------------------------------------------------------------------------
 
 
+SLOW = [{"name": "LOADING_S", "value": "3600"}]
+"""Lets the test program's `warn` load for an hour."""
+
+
 def start(client: ClusterClient, *args: str, **options: Any) -> None:
     client.apply([namespace_of(client), program(client, *args, **options)])
 
@@ -604,17 +634,27 @@ def test_a_server_that_ends_without_an_error_ends_the_wait_after_some_restarts(r
         running.wait_available("web", deadline_s=DEADLINE_S)
 
 
+def test_a_hanging_container_with_a_suspicious_log_ends_at_the_deadline_with_the_line(running: ClusterClient) -> None:
+    start(running, "warn", "WARNING: CUDA driver version is insufficient, RuntimeError", container={"env": SLOW})
+    with pytest.raises(StartTakesTooLong, match="CUDA driver version is insufficient") as caught:
+        running.wait_available("web", deadline_s=10.0)
+    assert caught.value.diagnosis is not None
+    assert caught.value.diagnosis.suspected
+
+
 def test_a_warning_that_reads_like_a_failure_is_told_and_does_not_end_the_wait(running: ClusterClient) -> None:
     start(running, "warn", "WARNING: CUDA driver version is insufficient, RuntimeError ignored")
     progress: list[Progress] = []
     report = running.wait_available("web", deadline_s=DEADLINE_S, on_progress=progress.append)
     assert report.pods
     assert {step.diagnosis.suspected for step in progress if step.diagnosis} == {True}
+    assert report.healed == ()
 
 
 def test_a_fault_that_heals_in_time_is_reported_and_forgiven(running: ClusterClient, tmp_path: Path) -> None:
     denied = "does not have storage.objects.get access to the Google Cloud Storage object."
-    start(running, "crash-once", str(tmp_path / "crashed"), f"a@b.iam.gserviceaccount.com {denied}")
+    state = STATE if running.target.name == REAL else tmp_path
+    start(running, "crash-once", str(state / "crashed"), f"a@b.iam.gserviceaccount.com {denied}")
     progress: list[Progress] = []
     report = running.wait_available("web", deadline_s=DEADLINE_S, on_progress=progress.append)
     assert Category.BUCKET_FORBIDDEN in {diagnosis.category for diagnosis in report.healed}
@@ -628,7 +668,7 @@ def test_a_fault_that_could_heal_ends_the_wait_when_its_patience_is_over(running
 
 
 def test_an_image_that_does_not_exist_ends_the_wait(running: ClusterClient) -> None:
-    start(running, image="nowhere/none:1")
+    start(running, image=NO_SUCH_IMAGE)
     with pytest.raises(ServerDoesNotStart, match="image does not exist"):
         running.wait_available("web", deadline_s=DEADLINE_S)
 

@@ -578,6 +578,16 @@ def test_a_pod_that_waits_for_a_triggered_node_is_not_a_fault() -> None:
     assert diagnose(pending(scheduling, triggered, scheduling)) is None
 
 
+def test_a_scale_up_that_is_tried_elsewhere_makes_the_failed_one_history() -> None:
+    scheduling = event("FailedScheduling", "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
+    triggered = event("TriggeredScaleUp", "pod triggered scale-up: [{https://…/grp-b 0->1 (max: 1000)}]")
+    failed = event("FailedScaleUp", "Node scale up in zones us-west1-b failed: GCE quota exceeded.")
+    diagnosis = diagnose(pending(scheduling, triggered, failed))
+    assert diagnosis is not None
+    assert diagnosis.category is Category.QUOTA_EXCEEDED
+    assert diagnose(pending(scheduling, triggered, failed, triggered)) is None
+
+
 def test_a_pod_that_found_its_node_is_no_longer_unschedulable() -> None:
     placed = pod({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]})
     scheduling = event("FailedScheduling", "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
