@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from prefect import flow
 
-from rollout.request import RolloutRequest, resolve
+from rollout.model import PinnedModel
+from rollout.request import RolloutRequest, RolloutSpec, resolve
 from rollout.transfer import TransferReport
 from tasks.planning import pin_model
 from tasks.provision import provision_bucket
 from tasks.step import Story
-from tasks.weights import check_weights_layout, publish_weights
+from tasks.weights import bind_writer, check_weights_layout, publish_weights, publish_weights_by_pods
 
 
 @flow(name="publish-weights", flow_run_name="weights {request.model} → {request.target}")
@@ -23,6 +24,15 @@ def publish_model_weights(request: RolloutRequest) -> TransferReport:
     story = Story(lambda _: None)
     model = story.run(pin_model, spec)
     story.run(provision_bucket, spec.target)
-    report = story.run(publish_weights, model, spec.target, spec.policy.transfer)
+    report = publish(spec, model, story)
     story.run(check_weights_layout, spec.target, report.uri, spec.serving.vllm_release)
     return report
+
+
+def publish(spec: RolloutSpec, model: PinnedModel, story: Story) -> TransferReport:
+    """From here, or by pods of the target's cluster, which must be there then."""
+    transfer = spec.policy.transfer
+    if not transfer.pods:
+        return story.run(publish_weights, model, spec.target, transfer)
+    story.run(bind_writer, spec.target)
+    return story.run(publish_weights_by_pods, model, spec.serving, spec.target, transfer)

@@ -18,6 +18,7 @@ from rollout.plan import RolloutPlan
 from rollout.policy import Teardown
 from rollout.record import RolloutReport, TeardownReport
 from rollout.request import RolloutRequest, resolve
+from rollout.transfer import TransferReport
 from rollout.warm_up import why_not
 from tasks.approval import require_approval
 from tasks.deliver import require_no_revisions, undo_update
@@ -34,7 +35,7 @@ from tasks.step import Running, Story
 from tasks.teardown import require_nothing_left, tear_down_rollout
 from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
 from tasks.warm_up import release_node, warm_up_node
-from tasks.weights import check_weights_layout, publish_weights
+from tasks.weights import bind_writer, check_weights_layout, publish_weights, publish_weights_by_pods
 
 
 @flow(
@@ -78,14 +79,26 @@ def provision(plan: RolloutPlan, record: Record) -> None:
     record.milestone()  # the ledger, before anything else is changed
     cluster = story.start(provision_cluster, plan)
     accounts = [story.start(make_service_account, plan)] if plan.target.has_service_account else []
-    weights = story.start(publish_weights, plan.model, plan.target, plan.policy.transfer)
+    weights, writer = start_transfer(plan, story, cluster)
     layout = story.start(
         check_weights_layout, plan.target, plan.weights_uri, plan.serving.vllm_release, after=[weights]
     )
     identity = story.start(set_up_workload_identity, plan, after=[cluster, *accounts])
     with warmed_up(plan, story, after=cluster):
-        story.join(weights, layout, cluster, *accounts, identity)
+        story.join(weights, layout, cluster, *writer, *accounts, identity)
     record.keep(weights=weights.result())
+
+
+def start_transfer(
+    plan: RolloutPlan, story: Story, cluster: Running[None]
+) -> tuple[Running[TransferReport], list[Running[None]]]:
+    """Start to move the weights, and what that needs: from here at once, by pods as soon as there is a cluster."""
+    transfer = plan.policy.transfer
+    if not transfer.pods:
+        return story.start(publish_weights, plan.model, plan.target, transfer), []
+    writer = story.start(bind_writer, plan.target, after=[cluster])
+    pods = story.start(publish_weights_by_pods, plan.model, plan.serving, plan.target, transfer, after=[writer])
+    return pods, [writer]
 
 
 @contextmanager

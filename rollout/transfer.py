@@ -64,6 +64,10 @@ class TransferSpec(Value):
     """A writer that has not renewed its claim for so long is dead; it renews three times as often."""
     staging_dir: str | None = None
     """Folder of the stage route; None takes a folder of the model in the user's cache."""
+    pods: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Pods of the cluster that share the files; 0: from where the flow runs. `predict_transfer` tells what they buy."""
+    pod_image: str | None = None
+    """Image of these pods: any that holds this package, such as the worker's, best pinned by digest."""
     include: tuple[str, ...] = ()
     """Patterns of files to transfer beyond the default choice."""
     exclude: tuple[str, ...] = ()
@@ -76,6 +80,12 @@ class TransferSpec(Value):
                 f"part_bytes={self.part_bytes} leaves no room for two buffers in memory_limit_bytes="
                 f"{self.memory_limit_bytes}: raise the limit or lower part_bytes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pods_have_an_image(self) -> TransferSpec:
+        if self.pods and not self.pod_image:
+            raise ValueError(f"pods={self.pods} need pod_image: an image that holds this package, e.g. the worker's")
         return self
 
     @property

@@ -1,25 +1,33 @@
-"""The transfer inside the cluster as objects: an Indexed Job whose pods each bring one share of the files."""
+"""The transfer inside the cluster as objects: an Indexed Job whose pods each bring one share of the files.
+
+`rollout.clients.transfer_cluster` starts and follows it; `rollout.clients.transfer_job` is what its pods run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
 from typing import Annotated
 
 from pydantic import Field
 
 from rollout.errors import BadInput
 from rollout.model import PinnedModel
+from rollout.objects import ownership_labels
 from rollout.rendering import KubernetesObject, read_manifests, render
 from rollout.target import Target
 from rollout.transfer import MIB, TransferSpec
-from rollout.values import KubernetesName, Value
+from rollout.values import Value
 
-REQUEST_VARIABLE = "TRANSFER_REQUEST"
+REQUEST_FILE_VARIABLE = "TRANSFER_REQUEST_FILE"
+"""Path of the mounted ConfigMap's file: one variable holds at most 128 KiB, which 700 files exceed."""
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 """Set by Kubernetes in every pod of an Indexed Job."""
 TOKEN_VARIABLE = "HF_TOKEN"
 
-_MANIFEST = "transfer-job.yaml"
+WRITER_KSA = "weights-writer"
+"""Kubernetes service account of the pods; bound to the bucket by itself, so that no serving pod may write."""
+
+_MANIFESTS = ("service-account.yaml", "transfer-config-map.yaml", "transfer-job.yaml")
 _CPUS = 4
 """Hashing takes one core per 1.4 GB/s, sockets and TLS about two."""
 
@@ -38,51 +46,55 @@ class ShardRequest(Value):
         return f"weights-{self.digest(10)}"
 
 
-def shard_of(environment: Mapping[str, str]) -> tuple[ShardRequest, int]:
-    """The request and the index (from 0) of the pod that has this environment.
+def shard_of(request_json: str, index: str | None) -> tuple[ShardRequest, int]:
+    """The request and the index (from 0) of one pod.
 
     Raises:
-        BadInput: a variable is missing, or the index is none of the request's.
+        BadInput: the index is none of the request's.
     """
-    missing = [name for name in (REQUEST_VARIABLE, INDEX_VARIABLE) if name not in environment]
-    if missing:
+    request = ShardRequest.model_validate_json(request_json)
+    if index is None or not index.isdigit() or int(index) >= request.shards:
         raise BadInput(
-            f"{' and '.join(missing)} are not set.", resolution=f"This runs in the pods of manifests/{_MANIFEST} only."
+            f"{INDEX_VARIABLE}={index} is none of {request.shards} shares.",
+            resolution="This runs in the pods of manifests/transfer-job.yaml only.",
         )
-    request = ShardRequest.model_validate_json(environment[REQUEST_VARIABLE])
-    index = environment[INDEX_VARIABLE]
-    if not index.isdigit() or int(index) >= request.shards:
-        raise BadInput(f"{INDEX_VARIABLE}={index} is none of {request.shards} shares.")
     return request, int(index)
 
 
-def transfer_job_object(
-    request: ShardRequest,
-    *,
-    image: str,
-    writer_ksa: KubernetesName,
-    hub_token_secret: KubernetesName = "hf-secret",
-    labels: Mapping[str, str],
-) -> KubernetesObject:
-    """The Job that does `request`.
+def writer_member(target: Target, project_number: str) -> str:
+    """The IAM member that stands for the pods: their Kubernetes service account itself."""
+    return target.universe.workload_identity_principal(target.project, project_number, target.namespace, WRITER_KSA)
+
+
+def transfer_objects(
+    request: ShardRequest, *, instance: str, rollout_id: str, token: str | None
+) -> tuple[KubernetesObject, ...]:
+    """What does `request` inside the cluster, the Job last.
 
     Args:
-        image: any that holds this package, best pinned by digest.
-        writer_ksa: Kubernetes service account whose Google identity holds roles/storage.objectUser on the bucket.
-        hub_token_secret: Secret with the key `hf_api_token`; it may be absent for public models.
+        instance: the Deployment that the weights are for: whoever removes it removes these as well.
+        token: of the hub, for a Secret of the Job's own; None for public models.
     """
-    memory_mib = request.spec.memory_limit_bytes // MIB
+    spec = request.spec
+    memory_mib = spec.memory_limit_bytes // MIB
+    labels = ownership_labels(rollout_id, instance=instance) | {"app": request.job_name}
+    files = [*(["namespace.yaml"] if request.target.namespace != "default" else []), *_MANIFESTS]
     values = {
         "job_name": request.job_name,
         "namespace": request.target.namespace,
-        "labels": dict(labels),
+        "labels": labels,
+        "shared_labels": ownership_labels(rollout_id),
+        "ksa": WRITER_KSA,
+        "ksa_annotations": {},
         "shards": request.shards,
-        "writer_ksa": writer_ksa,
-        "image": image,
+        "writer_ksa": WRITER_KSA,
+        "image": spec.pod_image,
         "transfer_request": request.model_dump_json(),
-        "hub_token_secret": hub_token_secret,
+        "hub_token_secret": request.job_name,
         # A quarter on top: the kernel's socket buffers count for the pod, too.
         "resources": {"cpu": str(_CPUS), "memory": f"{memory_mib + memory_mib // 4}Mi"},
     }
-    (job,) = render(read_manifests([_MANIFEST]), values)
-    return job
+    if token is not None:
+        files.insert(len(files) - 1, "hf-token.yaml")
+        values["hub_token_base64"] = base64.b64encode(token.encode()).decode()
+    return render(read_manifests(files), values)

@@ -79,17 +79,21 @@ def _seconds(text: str) -> float:
 
 
 class TokenBucket:
-    """Reservations in order of arrival: late wake-ups are made up for, so the long-run rate is exact."""
+    """Reservations in order of arrival. Late wake-ups are made up for, so that the rate does not fall with the load of
+    the machine; idle time is not saved up."""
 
     def __init__(self, bytes_per_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._bytes_per_s = bytes_per_s
         self._clock = clock
         self._booked_until = float("-inf")
 
-    def reserve(self, count: int) -> float:
-        """Book `count` bytes; the seconds to wait until the last of them may be on its way."""
+    def reserve(self, count: int, *, late_s: float = 0.0) -> float:
+        """Book `count` bytes; the seconds to wait until the last of them may be on its way.
+
+        `late_s` is how much later than it was told the caller woke up: the link would have gone on meanwhile.
+        """
         now = self._clock()
-        self._booked_until = max(self._booked_until, now) + count / self._bytes_per_s
+        self._booked_until = max(self._booked_until, now - late_s) + count / self._bytes_per_s
         return max(0.0, self._booked_until - now)
 
 
@@ -100,6 +104,7 @@ class Link:
         self.shape = shape or Shape()
         total = self.shape.bytes_per_s_total
         self._total = None if total is None else TokenBucket(total)
+        self._late_s: weakref.WeakKeyDictionary[asyncio.BaseTransport, float] = weakref.WeakKeyDictionary()
         self._connections: weakref.WeakKeyDictionary[asyncio.BaseTransport, TokenBucket] = weakref.WeakKeyDictionary()
 
     @property
@@ -113,12 +118,16 @@ class Link:
 
     async def passage(self, connection: asyncio.BaseTransport | None, count: int) -> None:
         """Wait until `count` bytes may pass over this connection."""
-        delay_s = 0.0 if self._total is None else self._total.reserve(count)
+        late_s = 0.0 if connection is None else self._late_s.pop(connection, 0.0)
+        delay_s = 0.0 if self._total is None else self._total.reserve(count, late_s=late_s)
         rate = self.shape.bytes_per_s_per_connection
         if rate is not None and connection is not None:
             bucket = self._connections.get(connection)
             if bucket is None:
                 bucket = self._connections[connection] = TokenBucket(rate)
-            delay_s = max(delay_s, bucket.reserve(count))
+            delay_s = max(delay_s, bucket.reserve(count, late_s=late_s))
         if delay_s > 0:
+            due = time.monotonic() + delay_s
             await asyncio.sleep(delay_s)
+            if connection is not None:
+                self._late_s[connection] = max(0.0, time.monotonic() - due)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from prefect import get_run_logger
 
 from rollout.clients import transfer
+from rollout.clients.iam import OBJECT_USER, BucketPolicy, ensure_binding
 from rollout.clients.layout import check_layout
+from rollout.clients.projects import Projects
+from rollout.clients.transfer import OnProgress
+from rollout.clients.transfer_cluster import publish_by_pods
 from rollout.layout import LayoutReport, require_valid
 from rollout.model import PinnedModel
+from rollout.plan import rollout_id
 from rollout.report import Action, Change, StepStatus
-from rollout.target import Target
+from rollout.serving import ServingSpec
+from rollout.target import ClusterMode, Target
 from rollout.transfer import Progress, TransferReport, TransferSpec
+from rollout.transfer_job import writer_member
 from tasks.credentials import hub_token
 from tasks.step import Artifact, Outcome, ProgressBar, step
 
@@ -32,12 +42,54 @@ def transfer_ended(uri: str) -> bool:
 @step("publish weights")
 def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> Outcome[TransferReport]:
     """Transfer what the bucket does not hold yet; every byte is compared with the hub's hashes on its way."""
+    with _shown(model, target) as show:
+        report = transfer.publish_weights(model, target, spec, token=hub_token(target), on_progress=show)
+    return _outcome(model, report)
+
+
+@step("writer identity")
+def bind_writer(target: Target) -> Outcome[None]:
+    """Let the pods of a transfer write the bucket: they, and not the pods that serve. Needs the workload pool."""
+    if target.cluster.mode is ClusterMode.KUBECONFIG:
+        return Outcome(value=None, summary="a kubeconfig cluster brings its own identity", status=StepStatus.SKIPPED)
+    member = writer_member(target, Projects(target).get().number)
+    change = ensure_binding(BucketPolicy(target, target.bucket), OBJECT_USER, member)
+    return Outcome(
+        value=None,
+        summary=f"{member} may write gs://{target.bucket}",
+        status=StepStatus.DONE if change else StepStatus.UNCHANGED,
+        changes=(change,) if change else (),
+    )
+
+
+@step("publish weights")
+def publish_weights_by_pods(
+    model: PinnedModel, serving: ServingSpec, target: Target, spec: TransferSpec
+) -> Outcome[TransferReport]:
+    """The same by a Job in the cluster, whose pods share the files."""
+    with _shown(model, target) as show:
+        report = publish_by_pods(
+            model,
+            target,
+            spec,
+            instance=serving.name,
+            rollout_id=rollout_id(model, serving, target),
+            # Only the token that the target names: one of this machine's environment is not for the cluster.
+            token=hub_token(target) if target.hub_token_secret else None,
+            on_progress=show,
+            on_pods=get_run_logger().info,
+        )
+    return _outcome(model, report)
+
+
+@contextmanager
+def _shown(model: PinnedModel, target: Target) -> Iterator[OnProgress]:
+    """What is to be told of a transfer's progress: to people, and to the step that starts the node meanwhile."""
     logger = get_run_logger()
-    title = f"{model.repo_id}@{model.short_sha}"
     uri = target.weights_uri(model.repo_id, model.commit_sha)
     _ended.discard(uri)
     _seconds_left.pop(uri, None)
-    with ProgressBar("weights-progress", f"Weights of {title}") as bar:
+    with ProgressBar("weights-progress", f"Weights of {model.repo_id}@{model.short_sha}") as bar:
         tenths = 0
 
         def show(progress: Progress) -> None:
@@ -50,10 +102,13 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
                 logger.info("%d %%: %s", tenths * 10, progress.text)
 
         try:
-            report = transfer.publish_weights(model, target, spec, token=hub_token(target), on_progress=show)
+            yield show
         finally:
             _ended.add(uri)
-        bar.update(100.0, f"{report.total_bytes / 1e9:.2f} GB are there")
+        bar.update(100.0, f"{model.total_bytes / 1e9:.2f} GB are there")
+
+
+def _outcome(model: PinnedModel, report: TransferReport) -> Outcome[TransferReport]:
     unchanged = report.status is StepStatus.UNCHANGED
     proof = f"{len(report.files)} files, {report.total_bytes / 1e9:.2f} GB, sha256 verified"
     return Outcome(
@@ -71,7 +126,9 @@ def publish_weights(model: PinnedModel, target: Target, spec: TransferSpec) -> O
             ),
         ),
         data={"bytes_sent": report.bytes_sent, "requests": report.requests, "retries": report.retries},
-        artifact=Artifact("weights", f"Weights of {title}: what was proven", table=report.rows()),
+        artifact=Artifact(
+            "weights", f"Weights of {model.repo_id}@{model.short_sha}: what was proven", table=report.rows()
+        ),
     )
 
 

@@ -24,6 +24,8 @@ from rollout.values import Value
 
 WORKLOAD_IDENTITY_USER = "roles/iam.workloadIdentityUser"
 OBJECT_VIEWER = "roles/storage.objectViewer"
+OBJECT_USER = "roles/storage.objectUser"
+"""Reads, writes and deletes objects and multipart uploads, and nothing of the bucket itself."""
 
 OWNERSHIP_DESCRIPTION = "Made by llm-rollout: identity of model servers."
 """How a service account, which has no labels, says that it is ours."""

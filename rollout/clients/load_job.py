@@ -17,9 +17,10 @@ import requests
 from rollout import inference_perf
 from rollout.benchmark import BenchmarkSpec, PlannedStage
 from rollout.clients.cluster import ClusterClient
+from rollout.clients.job_wait import POLL_S, JobWait, condition_of
 from rollout.clients.loadgen import METRICS_SAMPLES, MetricsScraper
 from rollout.clients.retrying import transient, with_retries
-from rollout.diagnosis import Category, Diagnosis, StartupObservation, container_statuses, diagnose
+from rollout.diagnosis import container_statuses
 from rollout.errors import DeadlineExceeded, LoadFailed, RolloutError
 from rollout.objects import INSTANCE_LABEL, hub_token_object, ownership_labels
 from rollout.plan import RolloutPlan
@@ -31,7 +32,6 @@ from rollout.workload import PlannedRequest, planned_duration_s
 
 log = logging.getLogger(__name__)
 
-POLL_S = 1.0
 START_S = 900.0
 """A node of its own ≈300 s, the image of 1 GB ≈60 s, the tokenizer from the hub; with headroom."""
 REPORT_S = 300.0
@@ -40,7 +40,6 @@ FETCH_S = 600.0
 """How long finished reports wait for whoever asked for them: as long as a rerun takes to come back."""
 FETCH_ATTEMPTS = 5
 FETCH_TIMEOUT_S = 120.0
-LOG_LINES = 30
 
 
 class LoadJobs:
@@ -157,7 +156,7 @@ class LoadJobs:
 
     def _remove_failed(self, manifests: Sequence[KubernetesObject]) -> None:
         live = self._cluster.find(manifests[-1])
-        if live is not None and _failed_condition(live) is not None:
+        if live is not None and condition_of(live, "Failed") is not None:
             self._cluster.delete(manifests)
 
     def _remove(self, manifests: Sequence[KubernetesObject]) -> None:
@@ -168,50 +167,37 @@ class LoadJobs:
             log.warning("the load's objects are left behind: %s", error)
 
 
-class _Wait:
+class _Wait(JobWait):
     """Waits for one Job's reports, and tells early why there will be none."""
 
-    def __init__(self, cluster: ClusterClient, name: str, on_progress: Callable[[str], None]) -> None:
-        self._api = cluster.api
-        self._target = cluster.target
-        self._name = name
-        self._on_progress = on_progress
-        self._shown = ""
-        self._first_seen: dict[Category, float] = {}
-        self._where = f"Job {cluster.target.namespace}/{name}"
+    failure = LoadFailed
+    what = "the load"
+    rerun = "Run again; the finished stages are kept."
 
     def until_reported(self, deadline_s: float) -> None:
         deadline = time.monotonic() + deadline_s
         while not self._is_reported():
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(
-                    f"no reports after {deadline_s:.0f} s; last seen: {self._shown or 'no pod'}.",
-                    where=self._where,
+                    f"no reports after {deadline_s:.0f} s; last seen: {self.last_seen}.",
+                    where=self.where,
                     resolution="Shorten benchmark.stage_duration_s, or see what keeps the pod from starting.",
                 )
             time.sleep(POLL_S)
 
     def _is_reported(self) -> bool:
-        job = self._api.find(self._path("batch/v1", "Job", self._name))
-        if job is None:
-            raise LoadFailed(
-                "the Job was deleted while we waited for its reports.",
-                where=self._where,
-                resolution="Run again; the finished stages are kept.",
-            )
-        pods = self._api.get(self._path("v1", "Pod"), {"labelSelector": f"app={self._name}"})["items"]
+        job, pods = self.look()
         for pod in pods:
-            self._show(pod)
             if _is_ready(pod):
                 return True
             self._judge_exit(pod)
-        self._judge_start(pods)
-        failed = _failed_condition(job)
+        self.judge_start(pods)
+        failed = condition_of(job, "Failed")
         if failed is not None:
             raise LoadFailed(
                 f"the load ended without reports: {failed.get('reason')}, {failed.get('message')}.",
-                where=self._where,
-                resolution="Run again; the finished stages are kept.",
+                where=self.where,
+                resolution=self.rerun,
             )
         return False
 
@@ -219,50 +205,12 @@ class _Wait:
         for container in container_statuses(pod):
             ended = (container.get("state") or {}).get("terminated")
             if ended and ended.get("exitCode"):
-                words = self._last_words(pod, container["name"])
+                words = self.last_words(pod, container["name"])
                 raise LoadFailed(
                     f"{container['name']} ended with exit code {ended['exitCode']} ({ended.get('reason')}): {words}",
-                    where=f"{self._where}, pod {pod['metadata']['name']}",
+                    where=f"{self.where}, pod {pod['metadata']['name']}",
                     resolution=_advice(str(ended.get("reason")), words),
                 )
-
-    def _judge_start(self, pods: Sequence[KubernetesObject]) -> None:
-        names = {pod["metadata"]["name"] for pod in pods}
-        running = any((each.get("state") or {}).get("running") for pod in pods for each in container_statuses(pod))
-        if running:
-            return
-        listed = self._api.get(self._path("v1", "Event"))["items"]
-        events = [each for each in listed if (each.get("involvedObject") or {}).get("name") in {*names, self._name}]
-        diagnosis = diagnose(StartupObservation(pods=pods, events=events, target=self._target))
-        if diagnosis is not None and self._has_lasted(diagnosis):
-            raise LoadFailed(
-                f"the load does not start: {diagnosis.summary}",
-                where=self._where,
-                resolution=f"{diagnosis.resolution}\n{diagnosis.detail}",
-            )
-
-    def _has_lasted(self, diagnosis: Diagnosis) -> bool:
-        now = time.monotonic()
-        since = self._first_seen.setdefault(diagnosis.category, now)
-        return now - since >= max(POLL_S, diagnosis.patience_s)
-
-    def _last_words(self, pod: KubernetesObject, container: str) -> str:
-        path = f"{self._path('v1', 'Pod', pod['metadata']['name'])}/log"
-        try:
-            text = self._api.text(path, {"container": container, "tailLines": LOG_LINES})
-        except RolloutError as error:
-            return f"its log cannot be read, {error}"
-        return text.strip() or "it said nothing"
-
-    def _show(self, pod: Mapping[str, Any]) -> None:
-        states = [f"{container['name']} {_word(container.get('state') or {})}" for container in container_statuses(pod)]
-        shown = f"{pod['metadata']['name']}: {', '.join(states) or 'waits for a node'}"
-        if shown != self._shown:
-            self._shown = shown
-            self._on_progress(shown)
-
-    def _path(self, api_version: str, kind: str, name: str | None = None) -> str:
-        return self._api.resource(api_version, kind).path(self._target.namespace, name)
 
 
 def _fetch(url: str) -> Any:
@@ -293,19 +241,6 @@ def _advice(reason: str, words: str) -> str:
     return "The message says what inference-perf did not accept."
 
 
-def _word(state: Mapping[str, Any]) -> str:
-    if state.get("running"):
-        return "runs"
-    if state.get("terminated"):
-        return f"ended with {state['terminated'].get('exitCode')}"
-    return str((state.get("waiting") or {}).get("reason") or "waits")
-
-
 def _is_ready(pod: Mapping[str, Any]) -> bool:
     conditions = (pod.get("status") or {}).get("conditions") or []
     return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
-
-
-def _failed_condition(job: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    conditions = (job.get("status") or {}).get("conditions") or []
-    return next((each for each in conditions if each["type"] == "Failed" and each["status"] == "True"), None)

@@ -14,6 +14,7 @@ from rollout.clients.cluster import ClusterClient
 from rollout.clients.compute import Compute
 from rollout.clients.gke import ClusterInfo, Gke
 from rollout.clients.iam import (
+    OBJECT_USER,
     OBJECT_VIEWER,
     WORKLOAD_IDENTITY_USER,
     BucketPolicy,
@@ -36,6 +37,7 @@ from rollout.record import TeardownReport
 from rollout.report import Action, Change
 from rollout.selection import RESERVED_FOLDER
 from rollout.target import ClusterMode, IdentityMode, Target
+from rollout.transfer_job import writer_member
 
 _DISK_LABEL = "goog-k8s-cluster-name"
 """GKE puts it on every disk that it makes for a cluster's volumes."""
@@ -167,7 +169,11 @@ def _bindings(work: _Teardown) -> list[tuple[PolicyStore, str, str]]:
         bindings.append((policy, WORKLOAD_IDENTITY_USER, target.workload_identity_member))
     if StorageClient(target).bucket_exists():
         number = Projects(target).get().number if target.identity is IdentityMode.DIRECT else ""
-        bindings.append((BucketPolicy(target, target.bucket), OBJECT_VIEWER, target.reader_member(number)))
+        bucket = BucketPolicy(target, target.bucket)
+        bindings.append((bucket, OBJECT_VIEWER, target.reader_member(number)))
+        if any(kind == "IamBinding" and OBJECT_USER in name for kind, name in work.owned):  # a transfer by pods
+            number = number or Projects(target).get().number
+            bindings.append((bucket, OBJECT_USER, writer_member(target, number)))
     return bindings
 
 

@@ -97,10 +97,10 @@ def publish_weights(
     run = _Run(pinned, target, spec or TransferSpec(), token)
     started_at = time.monotonic()
     place = run.place
-    before = place.look()
-    if before.marker is not None and before.marker.proves(pinned, before.by_path):
-        return _unchanged(run, before.marker, started_at)
-    claim = Claim(place.storage, f"{place.prefix}{WORK_FOLDER}{_WRITER}.json", ttl_s=run.spec.claim_ttl_s)
+    done = run.nothing_to_do(started_at)
+    if done is not None:
+        return done
+    claim = place.claim(run.spec)
     claim.acquire()
     try:
         files = run.move(pinned.files, on_progress, claim, sweep=True)
@@ -110,6 +110,11 @@ def publish_weights(
     generations = {file.path: file.generation for file in marker.files}
     files = tuple(file.model_copy(update={"generation": generations[file.path]}) for file in files)
     return run.report(files, StepStatus.DONE, started_at)
+
+
+def nothing_to_do(pinned: PinnedModel, target: Target, spec: TransferSpec) -> TransferReport | None:
+    """The report of a transfer over weights that are in place and proven; None if there is something to do."""
+    return _Run(pinned, target, spec, None).nothing_to_do(time.monotonic())
 
 
 def publish_shard(
@@ -248,6 +253,10 @@ class Place:
             marker = None  # not ours, or of another version: it proves nothing, and is replaced
         return View(by_path, marker, found[1])
 
+    def claim(self, spec: TransferSpec) -> Claim:
+        """Of the one who writes the whole model path."""
+        return Claim(self.storage, f"{self.prefix}{WORK_FOLDER}{_WRITER}.json", ttl_s=spec.claim_ttl_s)
+
     def incoming_name(self, file: ModelFile, spec: TransferSpec) -> str:
         return f"{self.prefix}{_INCOMING}{_digest(file)}.{spec.part_bytes}"
 
@@ -321,6 +330,15 @@ class _Run:
         self._stop = threading.Event()
         self._jobs: tuple[Job, ...] = ()
         self._removed: tuple[Change, ...] = ()
+
+    def nothing_to_do(self, started_at: float) -> TransferReport | None:
+        """The report, if the marker proves that everything is in place: one listing and one read."""
+        view = self.place.look()
+        if view.marker is None or not view.marker.proves(self.pinned, view.by_path):
+            return None
+        proven = {file.path: file for file in view.marker.files}
+        files = tuple(self.found_report(proven[file.path]) for file in self.pinned.files)
+        return self.report(files, StepStatus.UNCHANGED, started_at)
 
     def move(
         self, files: Sequence[ModelFile], on_progress: OnProgress, claim: Claim, *, sweep: bool
@@ -459,12 +477,6 @@ class _Run:
 
     def found_report(self, proof: ProvenFile) -> FileReport:
         return FileReport(**proof.model_dump(), source=Source.BUCKET, route=self.spec.route, seconds=0.0)
-
-
-def _unchanged(run: _Run, marker: Provenance, started_at: float) -> TransferReport:
-    proven = {file.path: file for file in marker.files}
-    files = tuple(run.found_report(proven[file.path]) for file in run.pinned.files)
-    return run.report(files, StepStatus.UNCHANGED, started_at)
 
 
 def _staging_progress(staging: Staging, found_bytes: int, files: Sequence[ModelFile], started_at: float) -> Progress:

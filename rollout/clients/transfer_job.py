@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from rollout.clients.transfer import publish_shard
-from rollout.errors import RolloutError
+from rollout.errors import BadInput, RolloutError
 from rollout.transfer import Progress, TransferReport
-from rollout.transfer_job import TOKEN_VARIABLE, shard_of
+from rollout.transfer_job import INDEX_VARIABLE, REQUEST_FILE_VARIABLE, TOKEN_VARIABLE, shard_of
 
 _LOG_EVERY = 0.1
 """A line in the pod's log for every tenth of the share."""
@@ -17,14 +18,20 @@ _LOG_EVERY = 0.1
 
 def run_shard(environment: Mapping[str, str]) -> TransferReport:
     """Bring this pod's share into the bucket; its report is left there for `finish`."""
-    request, index = shard_of(environment)
+    path = environment.get(REQUEST_FILE_VARIABLE)
+    if path is None:
+        raise BadInput(
+            f"{REQUEST_FILE_VARIABLE} is not set.",
+            resolution="This runs in the pods of manifests/transfer-job.yaml only.",
+        )
+    request, index = shard_of(Path(path).read_text(encoding="utf-8"), environment.get(INDEX_VARIABLE))
     logged = 0.0
 
     def log(progress: Progress) -> None:
         nonlocal logged
         if progress.share >= logged + _LOG_EVERY:
             logged = progress.share
-            print(f"{progress.share:.0%}, {progress.bytes_per_s / 1e6:.0f} MB/s", flush=True)
+            print(progress.text, flush=True)
 
     return publish_shard(
         request.pinned,

@@ -1,8 +1,9 @@
-"""The Job controller: completions, parallelism, Indexed mode, back-off limit, deadline, time to live."""
+"""The Job controller: completions, parallelism, Indexed mode, back-off limits, deadline, time to live."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,7 +45,7 @@ class JobController(Controller):
         succeeded = [pod for pod in pods if pod["status"].get("phase") == "Succeeded"]
         failed = [pod for pod in pods if pod["status"].get("phase") == "Failed"]
         active = [pod for pod in pods if pod_active(pod)]
-        failure = self._failure(job, failed, active)
+        failure = self._failure(job, failed, active, succeeded)
         if failure is not None:
             for pod in active:
                 self.registry.delete(POD, pod, Deletion())
@@ -58,7 +59,7 @@ class JobController(Controller):
             self._write_status(job, pods, done)
             return 0.0
         if not job["spec"]["suspend"]:
-            self._start_pods(job, active, succeeded)
+            self._start_pods(job, active, succeeded, failed)
         self._write_status(job, owned_by(self.store, POD, job), [])
         deadline_s = job["spec"].get("activeDeadlineSeconds")
         return (
@@ -76,7 +77,9 @@ class JobController(Controller):
         self.registry.delete(JOB, job, Deletion())
         return None
 
-    def _failure(self, job: Object, failed: list[Object], active: list[Object]) -> tuple[str, str] | None:
+    def _failure(
+        self, job: Object, failed: list[Object], active: list[Object], succeeded: list[Object]
+    ) -> tuple[str, str] | None:
         spec = job["spec"]
         restarts = sum(
             each.get("restartCount", 0) for pod in active for each in pod["status"].get("containerStatuses") or []
@@ -86,6 +89,11 @@ class JobController(Controller):
             return "DeadlineExceeded", "Job was active longer than specified deadline"
         if len(failed) + restarts > spec["backoffLimit"]:
             return "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+        lost = _failed_indexes(job, failed)
+        if len(lost) > spec.get("maxFailedIndexes", spec.get("completions") or 0):
+            return "MaxFailedIndexesExceeded", "Job has exceeded the specified maximal number of failed indexes"
+        if lost and len(lost | _indexes(succeeded)) >= spec["completions"]:
+            return "FailedIndexes", "Job has failed indexes"
         return None
 
     def _complete(self, job: Object, succeeded: list[Object], active: list[Object]) -> bool:
@@ -94,15 +102,16 @@ class JobController(Controller):
             return bool(succeeded) and not active
         return len(_indexes(succeeded) if _indexed(job) else succeeded) >= completions
 
-    def _start_pods(self, job: Object, active: list[Object], succeeded: list[Object]) -> None:
+    def _start_pods(self, job: Object, active: list[Object], succeeded: list[Object], failed: list[Object]) -> None:
         spec = job["spec"]
+        lost = _failed_indexes(job, failed)
         done = _indexes(succeeded) if _indexed(job) else succeeded
         wanted = spec["parallelism"]
         if spec.get("completions") is not None:
-            wanted = min(wanted, spec["completions"] - len(done))
+            wanted = min(wanted, spec["completions"] - len(done) - len(lost))
         elif succeeded:
             wanted = len(active)
-        taken = _indexes(active) | _indexes(succeeded)
+        taken = _indexes(active) | _indexes(succeeded) | lost
         free = [index for index in range(spec.get("completions") or 0) if index not in taken]
         for number in range(wanted - len(active)):
             self._create_pod(job, free[number] if _indexed(job) else None)
@@ -132,6 +141,9 @@ class JobController(Controller):
         if _indexed(job):
             succeeded = [pod for pod in pods if pod["status"].get("phase") == "Succeeded"]
             status["completedIndexes"] = ",".join(str(index) for index in sorted(_indexes(succeeded)))
+        if "backoffLimitPerIndex" in job["spec"]:
+            lost = _failed_indexes(job, [pod for pod in pods if pod["status"].get("phase") == "Failed"])
+            status["failedIndexes"] = ",".join(str(index) for index in sorted(lost))
         if conditions:
             status["conditions"] = conditions
         if any(each["type"] == "Complete" for each in conditions):
@@ -157,6 +169,15 @@ def _indexed(job: Object) -> bool:
 def _indexes(pods: list[Object]) -> set[int]:
     annotated = [(pod["metadata"].get("annotations") or {}).get(INDEX) for pod in pods]
     return {int(index) for index in annotated if index is not None}
+
+
+def _failed_indexes(job: Object, failed: list[Object]) -> set[int]:
+    """Indexes whose pods have failed more often than `backoffLimitPerIndex` allows; none without that limit."""
+    limit = job["spec"].get("backoffLimitPerIndex")
+    if limit is None:
+        return set()
+    failures = Counter(int(pod["metadata"]["annotations"][INDEX]) for pod in failed)
+    return {index for index, count in failures.items() if count > limit}
 
 
 def _give_index(pod: Object, index: int) -> None:

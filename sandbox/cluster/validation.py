@@ -143,8 +143,13 @@ def _replica_set(obj: dict[str, Any], old: dict[str, Any] | None) -> Iterator[Ca
 
 def _job(obj: dict[str, Any], old: dict[str, Any] | None) -> Iterator[Cause]:
     spec = obj["spec"]
-    for field in ("parallelism", "completions", "backoffLimit"):
+    for field in ("parallelism", "completions", "backoffLimit", "backoffLimitPerIndex", "maxFailedIndexes"):
         yield from _non_negative(spec, field)
+    if "backoffLimitPerIndex" in spec and spec["completionMode"] != "Indexed":
+        shown = str(spec["backoffLimitPerIndex"])
+        yield invalid_value("spec.backoffLimitPerIndex", shown, "requires indexed completion mode")
+    if "maxFailedIndexes" in spec and "backoffLimitPerIndex" not in spec:
+        yield required("spec.backoffLimitPerIndex", "when maxFailedIndexes is specified")
     if spec["completionMode"] == "Indexed" and spec.get("completions") is None:
         yield required("spec.completions", "when completion mode is Indexed")
     if "restartPolicy" not in spec["template"]["spec"]:

@@ -25,7 +25,7 @@ from rollout.clients.transfer import (
     unfinished_paths,
 )
 from rollout.clients.transfer_job import run_shard
-from rollout.errors import AnotherWriter, HashMismatch, RepositoryGated, TransferFailed, TransientError
+from rollout.errors import AnotherWriter, BadInput, HashMismatch, RepositoryGated, TransferFailed, TransientError
 from rollout.report import StepStatus
 from rollout.target import WeightsLayout
 from rollout.transfer import Progress, Route, Source, TransferSpec
@@ -495,14 +495,15 @@ def test_a_claim_that_nobody_renews_is_taken_over(place: WeightsPlace) -> None:
 # Beyond one machine
 
 
-def test_shards_and_a_finish_give_what_one_run_gives(make_place: PlaceMaker) -> None:
+def test_shards_and_a_finish_give_what_one_run_gives(make_place: PlaceMaker, tmp_path: Path) -> None:
     place = make_place(files=model_files(shards=4, shard_bytes=6 * MIB))
     pinned = place.pin()
-    request = ShardRequest(pinned=pinned, target=place.target, spec=SPEC, shards=3)
+    request = tmp_path / "request.json"
+    request.write_text(ShardRequest(pinned=pinned, target=place.target, spec=SPEC, shards=3).model_dump_json())
     for index in range(3):
         with pytest.raises(TransferFailed, match="are not in the bucket yet"):
             finish(pinned, place.target)
-        run_shard({"TRANSFER_REQUEST": request.model_dump_json(), "JOB_COMPLETION_INDEX": str(index)})
+        run_shard({"TRANSFER_REQUEST_FILE": str(request), "JOB_COMPLETION_INDEX": str(index)})
     reports = finish(pinned, place.target)
     assert [report.shard for report in reports] == ["1 of 3", "2 of 3", "3 of 3"]
     place.assert_published(pinned)
@@ -510,6 +511,11 @@ def test_shards_and_a_finish_give_what_one_run_gives(make_place: PlaceMaker) -> 
     assert sorted(file.path for report in reports for file in report.files) == [file.path for file in pinned.files]
     assert sum(report.bytes_sent for report in reports) == pinned.total_bytes
     assert place.publish(pinned).status is StepStatus.UNCHANGED
+
+
+def test_outside_of_its_job_a_share_is_told_where_it_runs() -> None:
+    with pytest.raises(BadInput, match="TRANSFER_REQUEST_FILE is not set"):
+        run_shard({})
 
 
 def test_a_shard_that_runs_again_sends_nothing_again(make_place: PlaceMaker) -> None:

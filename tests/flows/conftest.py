@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ class Stage:
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedCloud]:
     """An embedded cloud for the tests of a file, with the tiny model on its hub: nodes are for all, as in a region."""
     root = tmp_path_factory.mktemp("cloud")
-    embedded = EmbeddedCloud(root, autoscaler=AutoscalerSettings(sync_period_s=1.0))
+    worker = {"worker/": (sys.executable, "-m", "sandbox.worker")}
+    embedded = EmbeddedCloud(root, autoscaler=AutoscalerSettings(sync_period_s=1.0), runners=worker)
     HubStore(embedded.hub_root).publish(TINY_REPO, tiny_model(root / "tiny"))
     with embedded:
         yield embedded

@@ -131,6 +131,20 @@ def test_a_trial_is_torn_down_by_its_policy(stage: Stage) -> None:
     assert Gke(stage.target).get() is None
 
 
+def test_the_weights_may_travel_by_pods_of_the_cluster_and_their_right_to_write_goes_with_the_rest(
+    stage: Stage,
+) -> None:
+    transfer = {"pods": 2, "pod_image": "worker/llm-rollout:1"}
+    report = rollout_model(stage.request(teardown=Teardown.ALWAYS, weights=Weights.DELETE, transfer=transfer))
+    assert statuses(report)["writer identity"] is StepStatus.DONE
+    assert report.weights is not None
+    assert report.weights.bytes_sent >= report.weights.total_bytes
+    assert report.teardown is not None
+    assert report.teardown.left == ()
+    removed = {change.name for change in report.teardown.removed if change.kind == "IamBinding"}
+    assert any("roles/storage.objectUser" in name for name in removed)
+
+
 def test_a_failed_start_is_diagnosed_and_torn_down(stage: Stage) -> None:
     stage.write_model(image="example.com/no-such-image:1")
     with pytest.raises(StartupFailed, match="no-such-image"):

@@ -467,6 +467,39 @@ def test_a_job_gives_up_at_its_back_off_limit(api: Connection, namespace: str) -
     assert failed.status.failed == 2
 
 
+def test_an_index_that_fails_too_often_fails_the_job_when_none_may_fail(api: Connection, namespace: str) -> None:
+    code = "import os, sys, time; sys.exit(3) if os.environ['JOB_COMPLETION_INDEX'] == '1' else time.sleep(600)"
+    limits = {"backoffLimitPerIndex": 1, "maxFailedIndexes": 0}
+    body = job("python:1", [code], completions=3, parallelism=3, completionMode="Indexed", **limits)
+    api.batch.create_namespaced_job(namespace, body)
+    status = finished(api, namespace).status
+    assert status.conditions[-1].reason == "MaxFailedIndexesExceeded"
+    assert status.failed_indexes == "1"
+    assert status.failed == 2, "one try more than the limit"
+
+
+def test_the_other_indexes_go_on_when_some_may_fail(api: Connection, namespace: str) -> None:
+    code = "import os, sys; sys.exit(3) if os.environ['JOB_COMPLETION_INDEX'] == '0' else None"
+    limits = {"backoffLimitPerIndex": 0}
+    body = job("python:1", [code], completions=3, parallelism=1, completionMode="Indexed", **limits)
+    api.batch.create_namespaced_job(namespace, body)
+    status = finished(api, namespace).status
+    assert status.conditions[-1].reason == "FailedIndexes"
+    assert (status.failed_indexes, status.completed_indexes) == ("0", "1,2")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"backoffLimitPerIndex": 1},
+        {"completionMode": "Indexed", "completions": 2, "maxFailedIndexes": 1},
+    ],
+)
+def test_limits_for_each_index_need_indexes(api: Connection, namespace: str, spec: dict[str, Any]) -> None:
+    with pytest.raises(client.ApiException, match="backoffLimitPerIndex"):
+        api.batch.create_namespaced_job(namespace, job("python:1", ["pass"], **spec))
+
+
 def test_a_finished_job_goes_after_its_time_to_live(api: Connection, namespace: str) -> None:
     api.batch.create_namespaced_job(namespace, job("python:1", ["pass"], ttlSecondsAfterFinished=0))
     eventually(lambda: not api.batch.list_namespaced_job(namespace).items, "the job is gone")

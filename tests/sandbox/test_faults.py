@@ -201,6 +201,8 @@ def test_a_bucket_makes_up_for_late_wakeups_and_keeps_its_rate() -> None:
     bucket = TokenBucket(100.0, clock=lambda: now)
     assert [bucket.reserve(50), bucket.reserve(50)] == [0.5, 1.0]
     now = 1.25
+    assert bucket.reserve(100, late_s=0.25) == 0.75
+    now = 2.25
     assert bucket.reserve(100) == 1.0
     now = 100.0
     assert bucket.reserve(100) == 1.0  # Idle time is not saved up.
