@@ -12,7 +12,7 @@ from tasks.step import Story
 from tasks.weights import check_weights_layout, publish_weights
 
 
-@flow(name="publish-weights", flow_run_name="weights {request.model} → {request.target}")
+@flow(name="publish-weights", flow_run_name="weights {request.title}")
 def publish_model_weights(request: RolloutRequest) -> TransferReport:
     """Transfer a model's weights from Hugging Face to the target's bucket, proven by hash, resumable.
 

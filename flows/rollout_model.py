@@ -39,7 +39,7 @@ from tasks.weights import check_weights_layout, publish_weights
 
 @flow(
     name="rollout-model",
-    flow_run_name="{request.model} → {request.target}",
+    flow_run_name="{request.title}",
     on_completion=[announce_outcome],
     on_failure=[announce_outcome],
     on_crashed=[clean_up_killed, announce_outcome],
