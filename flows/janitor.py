@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from prefect import flow
+from prefect.runtime import flow_run
 
-from rollout.catalog import load_target
+from rollout.catalog import load_target, target_title
 from rollout.record import TeardownReport
 from rollout.report import utc_now
 from tasks.janitor import find_abandoned, find_half_done, find_zombies, sweep_abandoned, take_back_half_done
@@ -16,7 +17,11 @@ SWEEP_DEADLINE_S = 1800.0
 """As a teardown's: GKE deletes a cluster in five to ten minutes; three times that."""
 
 
-@flow(name="janitor", flow_run_name="janitor of {target}")
+def run_name() -> str:
+    return f"janitor of {target_title(flow_run.parameters['target'])}"
+
+
+@flow(name="janitor", flow_run_name=run_name)
 def janitor(target: str, remove: bool = True) -> tuple[TeardownReport, ...]:
     """Find runs whose worker is gone, and finish or undo their work.
 

@@ -13,7 +13,7 @@ from tasks.profiling import autoscale_as_profiled
 from tasks.step import Story
 
 
-@flow(name="plan-model", flow_run_name="plan {request.model} → {request.target}")
+@flow(name="plan-model", flow_run_name="plan {request.title}")
 def plan_model(request: RolloutRequest) -> RolloutPlan:
     """Show what a rollout would do: preflight checks, changes, cost and deadlines. Changes nothing.
 

@@ -35,7 +35,7 @@ from tasks.serve import apply_manifests
 
 @flow(
     name="profile-model",
-    flow_run_name="profile {request.model} on {request.target}",
+    flow_run_name="profile {request.title}",
     on_completion=[announce_outcome],
     on_failure=[announce_outcome],
     on_crashed=[clean_up_killed, announce_outcome],

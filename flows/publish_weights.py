@@ -13,7 +13,7 @@ from tasks.step import Story
 from tasks.weights import bind_writer, check_weights_layout, publish_weights, publish_weights_by_pods
 
 
-@flow(name="publish-weights", flow_run_name="weights {request.model} → {request.target}")
+@flow(name="publish-weights", flow_run_name="weights {request.title}")
 def publish_model_weights(request: RolloutRequest) -> TransferReport:
     """Transfer a model's weights from Hugging Face to the target's bucket, proven by hash, resumable.
 

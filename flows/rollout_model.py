@@ -40,7 +40,7 @@ from tasks.weights import bind_writer, check_weights_layout, publish_weights, pu
 
 @flow(
     name="rollout-model",
-    flow_run_name="{request.model} → {request.target}",
+    flow_run_name="{request.title}",
     on_completion=[announce_outcome],
     on_failure=[announce_outcome],
     on_crashed=[clean_up_killed, announce_outcome],

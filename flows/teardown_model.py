@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import flow
+from prefect.runtime import flow_run
 
-from rollout.catalog import load_model, load_target
+from rollout.catalog import load_model, load_target, target_title
 from rollout.clients.records import RecordStore, read_local
 from rollout.errors import BadInput
 from rollout.policy import Weights
@@ -19,7 +20,11 @@ TEARDOWN_DEADLINE_S = 1800.0
 """GKE deletes a cluster in five to ten minutes; three times that."""
 
 
-@flow(name="teardown-model", flow_run_name="teardown {target}")
+def run_name() -> str:
+    return f"teardown {target_title(flow_run.parameters['target'])}"
+
+
+@flow(name="teardown-model", flow_run_name=run_name)
 def teardown_model(
     target: str,
     model: str | None = None,

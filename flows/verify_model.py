@@ -17,7 +17,7 @@ from rollout.revisions import plan_of_live
 from tasks.record import recorded
 
 
-@flow(name="verify-model", flow_run_name="verify {request.model} on {request.target}")
+@flow(name="verify-model", flow_run_name="verify {request.title}")
 def verify_model(request: RolloutRequest, report_file: str | None = None) -> RolloutReport:
     """Verify what serves: the smoke suite and, if the policy has one, the benchmark against the objectives.
 

@@ -11,7 +11,7 @@ from tasks.releases import announce_release, look_for_releases
 from tasks.step import Story
 
 
-@flow(name="watch-releases", flow_run_name="releases for {request.target}")
+@flow(name="watch-releases", flow_run_name="releases for {request.target_title}")
 def watch_releases(request: WatchRequest) -> tuple[Announcement, ...]:
     """Notice new commits, or new tags, on Hugging Face and announce each exactly once. Changes only its own notes.
 

@@ -18,6 +18,9 @@ from rollout.values import Value
 
 PresetT = TypeVar("PresetT", bound=Value)
 
+_ENDINGS = {".yaml", ".yml"}
+"""By them a path is told from the name of a preset."""
+
 
 class ModelPreset(Value):
     """A model and how it is served: one file in `deployments/models/`."""
@@ -34,6 +37,20 @@ def load_model(name_or_path: str) -> ModelPreset:
 def load_target(name_or_path: str) -> Target:
     """The target of that name, or the YAML file at that path. Raises `BadInput` naming the nearest known target."""
     return _load("targets", name_or_path, Target)
+
+
+def model_title(name_or_path: str) -> str:
+    """What runs call a model: its preset, or its file without folder and ending."""
+    path = Path(name_or_path)
+    return path.stem if path.suffix in _ENDINGS else name_or_path
+
+
+def target_title(name_or_path: str) -> str:
+    """What runs call a target: the name that its file gives it. A wrong file keeps its path: the flow says why."""
+    try:
+        return load_target(name_or_path).name
+    except BadInput:
+        return name_or_path
 
 
 def known(folder: str) -> list[str]:
@@ -65,7 +82,7 @@ def unreadable(error: OSError | UnicodeDecodeError) -> str:
 
 def _load(folder: str, name_or_path: str, kind: type[PresetT]) -> PresetT:
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"}:
+    if path.suffix in _ENDINGS:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -21,6 +21,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, StringConstraints, model_validator
 
+from rollout import catalog
 from rollout.model import PinnedModel
 from rollout.objects import weights_digest
 from rollout.request import PresetName
@@ -138,6 +139,10 @@ class WatchRequest(Value):
         description="Which releases count, and when.",
         json_schema_extra={"position": 2},
     )
+
+    @property
+    def target_title(self) -> str:
+        return catalog.target_title(self.target)
 
 
 class Announcement(Value):

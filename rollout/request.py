@@ -64,6 +64,11 @@ class RolloutRequest(Value):
         json_schema_extra={"position": 6},
     )
 
+    @property
+    def title(self) -> str:
+        """`gemma-4-31b-it → s3ns-france`: what the runs of this request are called."""
+        return f"{catalog.model_title(self.model)} → {catalog.target_title(self.target)}"
+
 
 class RolloutSpec(Value):
     """A request with its presets loaded: everything that the plan is made of, but for what exists now."""

@@ -229,7 +229,7 @@ def test_the_steps_of_a_run_on_the_server_are_cases_for_ci(stage: Stage) -> None
     with pytest.raises(RolloutError):
         plan_model(stage.request().model_copy(update={"revision": "no-such-branch"}))
     with get_client(sync_client=True) as client:
-        named = FlowRunFilter(name=FlowRunFilterName(any_=[f"plan {stage.model_file} → {stage.target_file}"]))
+        named = FlowRunFilter(name=FlowRunFilterName(any_=[f"plan {stage.model_file.stem} → {stage.target.name}"]))
         (flow_run,) = client.read_flow_runs(flow_run_filter=named)
         ended = wait(client, flow_run.id, DEADLINE_S)
     assert [(step.name, step.status) for step in ended.report.steps] == [("pin model", StepStatus.FAILED)]

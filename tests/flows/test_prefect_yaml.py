@@ -185,7 +185,7 @@ def test_a_worker_runs_a_deployment(stage: Stage) -> None:
         ended = wait_for_state(client, run.id)
         assert ended.state is not None
         assert ended.state.is_completed(), ended.state.message
-        assert ended.name == f"plan {stage.model_file} → {stage.target_file}"
+        assert ended.name == f"plan {stage.model_file.stem} → {stage.target.name}"
         assert "target:s3ns-france" in ended.tags
 
 

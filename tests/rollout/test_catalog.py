@@ -52,6 +52,14 @@ def test_every_wrong_field_of_a_file_is_named_without_its_value(tmp_path: Path) 
     assert "hf_secret" not in message
 
 
+def test_runs_are_called_by_the_names_of_model_and_target_whatever_their_files_are_called(tmp_path: Path) -> None:
+    file = tmp_path / "target.yaml"
+    file.write_text("name: lab\nproject: my-project\nregion: europe-west4\nbucket: lab-models\n")
+    assert RolloutRequest(model="gemma-4-31b-it", target="s3ns-france").title == "gemma-4-31b-it → s3ns-france"
+    assert RolloutRequest(model="presets/tiny.yaml", target=str(file)).title == "tiny → lab"
+    assert RolloutRequest(model="tiny", target="nowhere.yaml").title == "tiny → nowhere.yaml"
+
+
 def test_wishes_of_the_request_lie_over_the_preset() -> None:
     spec = resolve(
         RolloutRequest(model="gemma-4-31b-it", target="s3ns-france", revision="v1", replicas=2, max_model_len=4096)
