@@ -113,14 +113,15 @@ def render_gaps(found: Sequence[Gap]) -> str:
             f"{predicted:.4g}",
             f"{measured:.4g}",
             f"{share:+.0%}",
+            gap.workload,
             _named(gap.prediction),
             _named(gap.measurement),
         ]
         for gap in found
         for label, predicted, measured, share in gap.differences()
     ]
-    header = ["Model", "Accelerator", "Figure", "Predicted", "Measured", "Difference", "Prediction", "Measurement"]
-    return text_table(header, rows) if rows else ""
+    compared = ("Predicted", "Measured", "Difference", "Workload", "Prediction", "Measurement")
+    return text_table(["Model", "Accelerator", "Figure", *compared], rows) if rows else ""
 
 
 def render_use_cases(found: Sequence[UseCase], form: Format) -> str:

@@ -25,7 +25,7 @@ from rollout.cost import DEFAULT_OUTPUT_TO_INPUT_RATIO, Price, PricingModel, tok
 from rollout.errors import BadInput, RolloutError
 from rollout.stage import LatencyMetric, Percentile, Stage
 from rollout.values import Value
-from rollout.workload import WORKLOADS
+from rollout.workload import QUICKSTART, WORKLOADS
 
 SATURATED_SHARE = 0.95
 """The quickstart's inflection point: the lowest load that yields 95 % of the highest throughput; repeated stages of one
@@ -36,6 +36,10 @@ LENGTH_TOLERANCE = 0.2
 
 CHATBOT = "Chatbot (ShareGPT)"
 """What the quickstart assumes where no use case is named."""
+
+
+UNSTATED_USE_CASES = (CHATBOT, QUICKSTART.name)
+"""What a prediction without a use case may be compared with: Google's default, and the lengths of its own benchmark."""
 
 
 class Evidence(StrEnum):
@@ -613,10 +617,22 @@ class Row(Value):
 
 
 class Gap(Value):
-    """A prediction beside a measurement of the same thing, both at saturation."""
+    """A prediction beside a measurement of the same model, server and accelerator, both at saturation."""
 
     prediction: Profile
     measurement: Profile
+
+    @property
+    def same_workload(self) -> bool:
+        """Whether both were measured with the same kind of requests: only then is a difference a shortfall."""
+        if self.prediction.use_case is None:
+            return self.measurement.use_case in UNSTATED_USE_CASES
+        return self.prediction.use_case == self.measurement.use_case
+
+    @property
+    def workload(self) -> str:
+        """What was measured with, seen from the prediction."""
+        return "the same" if self.same_workload else f"another: {self.measurement.use_case or 'not stated'}"
 
     def differences(self) -> tuple[tuple[str, float, float, float], ...]:
         """(figure, predicted, measured, how much more was measured as a share) of the figures that both state."""
@@ -686,21 +702,24 @@ def select(answer: ProfileAnswer, query: ProfileQuery, *, every_point: bool = Fa
 
 
 def gaps(profiles: Sequence[Profile]) -> tuple[Gap, ...]:
-    """Every prediction beside the youngest measurement of the same model, server, accelerator and use case."""
+    """Every prediction beside the youngest measurement of the same model, server, accelerator and use case.
+
+    Google does not say of its figures which use case they are of. Where nothing of ours was measured with what it
+    assumes, the youngest of any other workload stands there, and `Gap.same_workload` says so.
+    """
     found = []
     for prediction in profiles:
         if prediction.source.evidence is not Evidence.PREDICTION:
             continue
-        measured = [
-            each
+        beside = [
+            Gap(prediction=prediction, measurement=each)
             for each in profiles
             if each.source.evidence is Evidence.MEASUREMENT
             and each.subject == prediction.subject
-            and (prediction.use_case is None or prediction.use_case == each.use_case)
+            and prediction.use_case in (None, each.use_case)
         ]
-        if measured:
-            youngest = max(measured, key=lambda each: each.source.as_of or date.min)
-            found.append(Gap(prediction=prediction, measurement=youngest))
+        if beside:
+            found.append(max(beside, key=lambda gap: (gap.same_workload, gap.measurement.source.as_of or date.min)))
     return tuple(found)
 
 

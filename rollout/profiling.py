@@ -192,5 +192,8 @@ def judge_scaling(stage: Stage, targets: Targets, replicas: int) -> ScalingTest:
 
 
 def worst_shortfall(gaps: tuple[Gap, ...]) -> float:
-    """By how much the worst figure is worse than forecast, as a share of the forecast; 0 without a forecast."""
-    return max((gap.shortfall for gap in gaps), default=0.0)
+    """By how much the worst figure is worse than forecast, as a share of the forecast; 0 without a forecast.
+
+    A measurement with another workload than the forecast's says nothing about it.
+    """
+    return max((gap.shortfall for gap in gaps if gap.same_workload), default=0.0)

@@ -99,20 +99,30 @@ def compare_with_forecast(plan: RolloutPlan, profile: Profile) -> Outcome[tuple[
         get_run_logger().warning("no forecast: %s", error)
         return Outcome(value=(), summary=f"no forecast: {error.summary}", status=StepStatus.SKIPPED)
     found = gaps((*forecast, profile))
+    comparable = tuple(gap for gap in found if gap.same_workload)
     rows = [
-        (gap.prediction.model_server_version, label, f"{predicted:.4g}", f"{measured:.4g}", f"{share:+.0%}")
+        (
+            gap.prediction.model_server_version,
+            label,
+            f"{predicted:.4g}",
+            f"{measured:.4g}",
+            f"{share:+.0%}",
+            gap.workload,
+        )
         for gap in found
         for label, predicted, measured, share in gap.differences()
     ]
     return Outcome(
         value=found,
-        summary=f"at worst {worst_shortfall(found):.0%} short of the forecast" if found else "Google has no forecast",
-        status=StepStatus.DONE if found else StepStatus.SKIPPED,
-        data={"shortfall": worst_shortfall(found) if found else None},
+        summary=f"at worst {worst_shortfall(found):.0%} short of the forecast"
+        if comparable
+        else "Google has no forecast" + (" for this workload" if found else ""),
+        status=StepStatus.DONE if comparable else StepStatus.SKIPPED,
+        data={"shortfall": worst_shortfall(found) if comparable else None},
         artifact=Artifact(
             "forecast",
             "Forecast and measurement, both at saturation",
-            markdown=table(("server version", "figure", "forecast", "measured", "difference"), rows),
+            markdown=table(("server version", "figure", "forecast", "measured", "difference", "workload"), rows),
         ),
     )
 

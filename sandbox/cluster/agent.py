@@ -1,9 +1,10 @@
 """The node agents: what kubelet and container runtime do, with a process for every container.
 
 Simulated: image pulls, init containers, environment from Secrets, ConfigMaps and the pod's own fields, startup,
-readiness and liveness probes (HTTP, TCP, exec) against the real port, restarts with back-off, preStop and the grace
-period, OOM kills, eviction for local disk, logs. Not simulated: namespaces and cgroups (limits are not enforced),
-volumes (Secret and ConfigMap volumes must exist, nothing is mounted), gRPC probes, postStart, sidecars.
+readiness and liveness probes (HTTP, TCP, gRPC, exec) against the real port, restarts with back-off, preStop and the
+grace period, OOM kills, eviction for local disk, logs. Not simulated: namespaces and cgroups (limits are not enforced),
+volumes (see `surroundings`; Secret and ConfigMap volumes must exist), the health service that a gRPC probe asks,
+postStart, sidecars.
 """
 
 from __future__ import annotations

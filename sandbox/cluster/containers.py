@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from sandbox.cluster import probes
+from sandbox.cluster.defaults import GPU_RESOURCE, TPU_RESOURCE
 from sandbox.cluster.environment import ConfigError, expand, resolve
 from sandbox.cluster.events import NORMAL, WARNING
 from sandbox.cluster.logs import ContainerLog
-from sandbox.cluster.nodes import ACCELERATOR_LABEL
+from sandbox.cluster.nodes import ACCELERATOR_LABEL, TPU_LABEL
 from sandbox.cluster.probes import Rhythm, Target
 from sandbox.cluster.quantity import parse
 from sandbox.cluster.resources import NODE, SERVICE_ACCOUNT
@@ -496,8 +497,8 @@ def surroundings(worker: PodWorker, container: dict[str, Any], host_port: int, u
         "HOSTNAME": spec.get("hostname", metadata["name"]),
         **worker.settings.environment,
         "SANDBOX_IDENTITY": worker.settings.identity_of(metadata["namespace"], spec["serviceAccountName"], annotations),
-        "SANDBOX_GPU": labels.get(ACCELERATOR_LABEL, ""),
-        "SANDBOX_GPU_COUNT": str(limits.get("nvidia.com/gpu", "0")),
+        "SANDBOX_GPU": labels.get(ACCELERATOR_LABEL) or labels.get(TPU_LABEL, ""),
+        "SANDBOX_GPU_COUNT": str(limits.get(GPU_RESOURCE) or limits.get(TPU_RESOURCE, "0")),
         "SANDBOX_HOST_PORT": str(host_port),
         "SANDBOX_POD_NAME": metadata["name"],
         "SANDBOX_EPHEMERAL_STORAGE_FILE": str(usage_file),

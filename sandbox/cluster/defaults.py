@@ -14,7 +14,7 @@ from sandbox.cluster.resources import Resource
 NAME_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"
 """The characters of generated names: no vowels, so that no word appears by chance."""
 
-GPU_RESOURCE = "nvidia.com/gpu"
+GPU_RESOURCE, TPU_RESOURCE = "nvidia.com/gpu", "google.com/tpu"
 _NOT_READY_S = 300
 _TOKEN_S = 3607
 
@@ -230,9 +230,10 @@ def _admit_pod(obj: dict[str, Any]) -> None:
     if spec.get("automountServiceAccountToken", True):
         _mount_token(spec)
     tolerations = spec.setdefault("tolerations", [])
-    if _requests_gpu(spec):
-        # ExtendedResourceToleration: GKE taints GPU nodes, and tolerates the taint for pods that ask for a GPU.
-        tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
+    for resource in (GPU_RESOURCE, TPU_RESOURCE):
+        if _requests(spec, resource):
+            # ExtendedResourceToleration: GKE taints such nodes, and tolerates the taint for pods that ask for a device.
+            tolerations.append({"key": resource, "operator": "Exists", "effect": "NoSchedule"})
     for taint in ("not-ready", "unreachable"):
         key = f"node.kubernetes.io/{taint}"
         tolerations.append({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": _NOT_READY_S})
@@ -261,8 +262,8 @@ def _mount_token(spec: dict[str, Any]) -> None:
         container.setdefault("volumeMounts", []).append(copy.deepcopy(mount))
 
 
-def _requests_gpu(spec: dict[str, Any]) -> bool:
-    return any(GPU_RESOURCE in (each["resources"].get("requests") or {}) for each in spec.get("containers", []))
+def _requests(spec: dict[str, Any], resource: str) -> bool:
+    return any(resource in (each["resources"].get("requests") or {}) for each in spec.get("containers", []))
 
 
 def quality_of_service(spec: dict[str, Any]) -> str:

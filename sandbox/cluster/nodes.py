@@ -2,7 +2,8 @@
 
 A cluster starts without GPU nodes and makes them when a pod asks, as GKE Autopilot and node auto-creation do: a pod
 that selects a ComputeClass gets its machine type, one that selects `cloud.google.com/gke-accelerator` a machine with
-that accelerator, and any other pod a general-purpose machine.
+that accelerator, one that selects a TPU and its topology such a slice of one host, and any other pod a general-purpose
+machine. Not simulated: slices of several hosts, and quota and stock of TPUs.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from sandbox.cluster.defaults import GPU_RESOURCE, random_suffix
+from sandbox.cluster.defaults import GPU_RESOURCE, TPU_RESOURCE, random_suffix
 from sandbox.cluster.quantity import parse
 from sandbox.cluster.resources import COMPUTE_CLASS, NODE
 from sandbox.cluster.store import Store, timestamp
 
 COMPUTE_CLASS_LABEL = "cloud.google.com/compute-class"
 ACCELERATOR_LABEL = "cloud.google.com/gke-accelerator"
+TPU_LABEL = "cloud.google.com/gke-tpu-accelerator"
+TPU_TOPOLOGY_LABEL = "cloud.google.com/gke-tpu-topology"
 _PODS_PER_NODE = "110"
 
 
@@ -32,6 +35,14 @@ class Machine:
     memory_gib: int
     accelerator: str = ""
     gpus: int = 0
+    tpus: int = 0
+    topology: str = ""
+
+    @property
+    def devices(self) -> dict[str, str]:
+        """Its accelerators as a resource of the node."""
+        amounts = {GPU_RESOURCE: self.gpus, TPU_RESOURCE: self.tpus}
+        return {name: str(count) for name, count in amounts.items() if count}
 
 
 MACHINES: tuple[Machine, ...] = (
@@ -44,11 +55,17 @@ MACHINES: tuple[Machine, ...] = (
     Machine("a3-ultragpu-8g", 224, 2952, "nvidia-h200-141gb", 8),
     Machine("a2-highgpu-1g", 12, 85, "nvidia-tesla-a100", 1),
     Machine("a2-ultragpu-1g", 12, 170, "nvidia-a100-80gb", 1),
+    Machine("g2-standard-48", 48, 192, "nvidia-l4", 4),
     Machine("g2-standard-24", 24, 96, "nvidia-l4", 2),
     Machine("g2-standard-8", 8, 32, "nvidia-l4", 1),
     Machine("n1-standard-8", 8, 30, "nvidia-tesla-t4", 1),
+    Machine("ct5lp-hightpu-1t", 24, 48, "tpu-v5-lite-podslice", tpus=1, topology="1x1"),
+    Machine("ct5lp-hightpu-4t", 112, 192, "tpu-v5-lite-podslice", tpus=4, topology="2x2"),
+    Machine("ct6e-standard-1t", 44, 448, "tpu-v6e-slice", tpus=1, topology="1x1"),
+    Machine("ct6e-standard-4t", 180, 720, "tpu-v6e-slice", tpus=4, topology="2x2"),
 )
-"""Compute Engine's sizes, see https://cloud.google.com/compute/docs/gpus."""
+"""Sizes of https://cloud.google.com/compute/docs/gpus and, for TPUs,
+https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus."""
 
 
 @dataclass
@@ -169,16 +186,14 @@ class NodePool:
     def allocatable(self, machine: Machine) -> dict[str, str]:
         amounts = {"cpu": str(machine.cpu), "memory": f"{machine.memory_gib}Gi", "pods": _PODS_PER_NODE}
         amounts["ephemeral-storage"] = self.settings.ephemeral_storage
-        return amounts | ({GPU_RESOURCE: str(machine.gpus)} if machine.gpus else {})
+        return amounts | machine.devices
 
     def create(self, plan: NodePlan) -> dict[str, Any]:
         """A Ready node, as the store keeps it (not yet committed: the caller writes it)."""
         machine = plan.machine
         name = f"gk3-nap-{machine.name}-{random_suffix(8)}-{random_suffix(4)}"
         labels = _labels(plan, self.settings.zone) | {"kubernetes.io/hostname": name}
-        taints = []
-        if machine.gpus:
-            taints.append({"key": GPU_RESOURCE, "value": "present", "effect": "NoSchedule"})
+        taints = [{"key": device, "value": "present", "effect": "NoSchedule"} for device in machine.devices]
         if plan.compute_class:
             taints.append({"key": COMPUTE_CLASS_LABEL, "value": plan.compute_class, "effect": "NoSchedule"})
         amounts = self.allocatable(machine)
@@ -251,14 +266,17 @@ def _labels(plan: NodePlan, zone: str) -> dict[str, str]:
         "topology.kubernetes.io/region": zone.rsplit("-", 1)[0],
         "topology.kubernetes.io/zone": zone,
     }
-    if plan.machine.accelerator:
+    if plan.machine.tpus:
+        labels[TPU_LABEL] = plan.machine.accelerator
+        labels[TPU_TOPOLOGY_LABEL] = plan.machine.topology
+    elif plan.machine.accelerator:
         labels[ACCELERATOR_LABEL] = plan.machine.accelerator
         labels["cloud.google.com/gke-accelerator-count"] = str(plan.machine.gpus)
     return labels | ({COMPUTE_CLASS_LABEL: plan.compute_class} if plan.compute_class else {})
 
 
 def _size(machine: Machine) -> tuple[int, int]:
-    return machine.gpus, machine.cpu
+    return machine.gpus + machine.tpus, machine.cpu
 
 
 def gpus_of(node: dict[str, Any]) -> int:

@@ -1,4 +1,7 @@
-"""Probes against a container's real port, with the kubelet's words for what went wrong."""
+"""Probes against a container's real port, with the kubelet's words for what went wrong.
+
+A gRPC probe holds as soon as the port takes connections: its health service is not asked.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,11 @@ async def check(probe: dict[str, Any], target: Target) -> str | None:
     timeout_s = float(probe.get("timeoutSeconds", 1))
     if "httpGet" in probe:
         return await _http(probe["httpGet"], target, timeout_s)
-    if "tcpSocket" in probe:
-        return await _tcp(probe["tcpSocket"], target, timeout_s)
+    if "tcpSocket" in probe or "grpc" in probe:
+        return await _tcp(probe.get("tcpSocket") or probe["grpc"], target, timeout_s)
     if "exec" in probe:
         return await _exec(probe["exec"].get("command", []), target, timeout_s)
-    return "gRPC probes are not served by this cluster"
+    return "the probe has no handler"
 
 
 async def _http(action: dict[str, Any], target: Target, timeout_s: float) -> str | None:

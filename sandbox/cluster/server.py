@@ -42,12 +42,15 @@ VLLM_IMAGES = (
     "us-docker.pkg.dev/vertex-ai/vertex-vision-model-garden-dockers/pytorch-vllm-serve",
     "docker.io/vllm/vllm-openai",
     "vllm/vllm-openai",
+    "vllm/vllm-tpu",
 )
 """Images that the simulated engine plays: the tutorial's, and vLLM's own."""
 
 ENGINE_COMMAND = (sys.executable, "-m", "sandbox.engine", "serve")
 LOAD_IMAGE = "quay.io/inference-perf/inference-perf"
 LOAD_COMMAND = (sys.executable, "-m", "sandbox.inference_perf")
+PICKER_IMAGE = "registry.k8s.io/gateway-api-inference-extension/epp"
+PICKER_COMMAND = (sys.executable, "-m", "sandbox.endpoint_picker")
 CHECKOUT = Path(__file__).resolve().parents[2]
 SYSTEM_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
 _T = TypeVar("_T")
@@ -96,8 +99,8 @@ class KubernetesServer(LoopbackServer):
     """A cluster whose API server listens on a loopback port; `url` is its endpoint.
 
     `root` holds logs and keys. `runners` maps image prefixes to commands beside (or instead of) the vLLM images, that
-    the engine plays, and inference-perf's. `identity_of` tells which IAM member a pod is. `environment` goes into every
-    container.
+    the engine plays, inference-perf's and the endpoint picker's. `identity_of` tells which IAM member a pod is.
+    `environment` goes into every container.
     `on_node` is told of every node that comes ("ADDED") or goes ("DELETED"), in the server's loop.
     `token` is the administrator's when it is given; without it whoever calls is one. Service accounts have tokens of
     their own (`service_account_token`) and the rights that Roles give them. `without_token` is who calls without one.
@@ -136,7 +139,12 @@ class KubernetesServer(LoopbackServer):
         self._on_node = on_node
         self.agent_settings = AgentSettings(
             root=root,
-            runners={**dict.fromkeys(VLLM_IMAGES, ENGINE_COMMAND), LOAD_IMAGE: LOAD_COMMAND, **(runners or {})},
+            runners={
+                **dict.fromkeys(VLLM_IMAGES, ENGINE_COMMAND),
+                LOAD_IMAGE: LOAD_COMMAND,
+                PICKER_IMAGE: PICKER_COMMAND,
+                **(runners or {}),
+            },
             identity_of=identity_of if identity_of is not None else _default_identity,
             environment=dict(environment or {}),
             working_directory=CHECKOUT,

@@ -4,10 +4,12 @@ A process here sees the machine's files and the machine's loopback. So the paths
 are given to it as tables, and the program that plays an image looks its paths and hosts up in them:
 
     SANDBOX_MOUNTS    {"/etc/config": "<folder on this machine>"}          JSON, for ConfigMap and emptyDir volumes
+                      {"/data": "gs://bucket/prefix"}                      for Cloud Storage FUSE
     SANDBOX_SERVICES  {"name.namespace.svc.cluster.local:8080": "127.0.0.1:41234"}
 
-Not simulated: other kinds of volumes, read-only mounts, ConfigMaps that change, and Services whose pods change after
-the container has started.
+A bucket that is mounted by Cloud Storage FUSE is no folder: the simulated engine reads it through the API, as the pod's
+identity. Not simulated: other kinds of volumes, mount options, what is written to a mounted bucket, read-only mounts,
+ConfigMaps that change, and Services whose pods change after the container has started.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from sandbox.cluster.resources import CONFIG_MAP, POD, SERVICE
 from sandbox.cluster.selectors import is_subset
 from sandbox.cluster.store import Store
 
+FUSE_DRIVER = "gcsfuse.csi.storage.gke.io"
+_ONLY_DIR = "only-dir:"
+
 if TYPE_CHECKING:
     from sandbox.cluster.agent import NodeAgents
 
 
 def mount_volumes(store: Store, pod: dict[str, Any], container: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Mount path -> folder on this machine. All containers of a pod share the folders under `folder`."""
+    """Mount path -> folder on this machine, or address in a bucket. All containers of a pod share those in `folder`."""
     volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
     mounts: dict[str, str] = {}
     for mount in container.get("volumeMounts", []):
@@ -36,10 +41,19 @@ def mount_volumes(store: Store, pod: dict[str, Any], container: dict[str, Any], 
                 (place / name).write_text(text, encoding="utf-8")
         elif "emptyDir" in volume:
             place.mkdir(parents=True, exist_ok=True)
+        elif (volume.get("csi") or {}).get("driver") == FUSE_DRIVER:
+            mounts[mount["mountPath"]] = _mounted_bucket(volume["csi"]["volumeAttributes"])
+            continue
         else:
             continue
         mounts[mount["mountPath"]] = str(place)
     return mounts
+
+
+def _mounted_bucket(attributes: dict[str, str]) -> str:
+    options = attributes.get("mountOptions", "").split(",")
+    folder = next((each.removeprefix(_ONLY_DIR) for each in options if each.startswith(_ONLY_DIR)), "")
+    return f"gs://{attributes['bucketName']}/{folder}".rstrip("/")
 
 
 def service_addresses(agents: NodeAgents) -> dict[str, str]:

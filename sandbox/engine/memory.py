@@ -20,8 +20,10 @@ ACCELERATOR_BYTES: dict[str, int] = {
     "nvidia-h100-mega-80gb": int(79.19 * GIB),
     "nvidia-h200-141gb": int(139.81 * GIB),
     "nvidia-b200": int(178.36 * GIB),
+    "tpu-v5-lite-podslice": int(15.75 * GIB),
+    "tpu-v6e-slice": int(31.25 * GIB),
 }
-"""Memory that CUDA reports, by GKE's accelerator name (less than on the box: ECC and the driver take some)."""
+"""Memory that CUDA (or JAX, of a TPU chip) reports, by GKE's accelerator name: less than on the box."""
 
 DEFAULT_ACCELERATOR = "nvidia-h100-80gb"
 

@@ -92,7 +92,10 @@ class Checkpoint:
 
 
 def open_source(model: str, environment: Mapping[str, str] = os.environ) -> Source:
-    """Where `--model` points to: `gs://bucket[/prefix]`, a folder, or a repository of the hub."""
+    """Where `--model` points to: `gs://bucket[/prefix]`, a folder or mounted bucket, or a repository of the hub."""
+    mounted: str = json.loads(environment.get("SANDBOX_MOUNTS", "{}")).get(model, "")
+    if mounted.startswith("gs://"):
+        return StorageSource(mounted, environment)
     if model.startswith("gs://"):
         return StorageSource(model, environment)
     if Path(model).is_dir():

@@ -25,6 +25,7 @@ from rollout.profile_formats import (
     pricing_named,
     read_benchmarks_csv,
     read_inference_perf,
+    render_gaps,
     render_list,
     render_notes,
     render_rows,
@@ -49,14 +50,17 @@ from rollout.profiles import (
     ask_names,
     at_ratio,
     best_curve,
+    gaps,
     image_version,
     measured_profile,
     possible_ranges,
     select,
     use_case_named,
+    use_case_of,
     use_cases,
     usual_instance,
 )
+from rollout.profiling import worst_shortfall
 from rollout.workload import WORKLOADS
 from tests.rollout.curves import QueueServer
 
@@ -424,6 +428,40 @@ def test_a_prediction_stands_beside_the_measurement_of_the_same_thing() -> None:
     text = render_list(select(answer, ProfileQuery()), Format.TABLE)
     assert "-20%" in text
     assert "Predicted  Measured  Difference" in text
+
+
+@pytest.mark.parametrize(
+    ("workload", "named", "shortfall"),
+    [
+        ("chatbot", "the same", 0.5),
+        ("quickstart", "the same", 0.5),
+        ("deep-research", "another: Deep Research", 0.0),
+    ],
+)
+def test_a_prediction_without_a_use_case_is_held_against_googles_default_workloads_only(
+    workload: str, named: str, shortfall: float
+) -> None:
+    ours = profile(source=Source(name="ours", evidence=Evidence.MEASUREMENT), use_case=use_case_of(workload))
+    twice = tuple(each.model_copy(update={"output_tokens_per_s": each.output_tokens_per_s * 2}) for each in ours.points)
+    predicted = profile(*twice)
+
+    (gap,) = gaps([predicted, ours])
+
+    assert gap.workload == named
+    assert worst_shortfall((gap,)) == pytest.approx(shortfall)
+    assert named in render_gaps([gap])
+
+
+def test_what_was_measured_with_googles_default_stands_before_younger_measurements_with_others() -> None:
+    def ours(workload: str, day: int) -> Profile:
+        source = Source(name="ours", evidence=Evidence.MEASUREMENT, as_of=date(2026, 11, day))
+        return profile(source=source, use_case=use_case_of(workload))
+
+    chatbot, younger = ours("chatbot", 1), ours("text-generation", 20)
+
+    (gap,) = gaps([profile(), younger, chatbot])
+
+    assert gap.measurement == chatbot
 
 
 def test_different_use_cases_are_not_compared() -> None:

@@ -531,6 +531,37 @@ def test_pods_know_who_and_where_they_are(api: Connection, namespace: str) -> No
     assert log == "serviceAccount:g@p.iam nvidia-h100-80gb 1\n"
 
 
+def test_a_pod_that_asks_for_tpus_gets_a_slice_of_one_host_and_sees_its_mounted_bucket(
+    api: Connection, namespace: str
+) -> None:
+    code = "import os; print(*(os.environ['SANDBOX_' + n] for n in ('GPU', 'GPU_COUNT', 'MOUNTS')), flush=True); "
+    code += "import socket; s = socket.create_server(('127.0.0.1', int(os.environ['SANDBOX_HOST_PORT']))); "
+    body = deployment(
+        image="python:1",
+        args=[code + "import time; time.sleep(600)"],
+        resources={"limits": {"google.com/tpu": "4"}, "requests": {"google.com/tpu": "4"}},
+        readinessProbe={"grpc": {"port": 8080}, "periodSeconds": 1},
+        volumeMounts=[{"name": "model", "mountPath": "/data"}],
+    )
+    attributes = {"bucketName": "models", "mountOptions": "implicit-dirs,only-dir:org/llama"}
+    spec = body["spec"]["template"]["spec"]
+    spec["volumes"] = [
+        {"name": "model", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
+    ]
+    spec["nodeSelector"] = {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+        "cloud.google.com/gke-tpu-topology": "2x2",
+    }
+    api.apps.create_namespaced_deployment(namespace, body)
+    available(api, namespace)
+    (pod,) = pods(api, namespace)
+    node = api.core.read_node(pod.spec.node_name)
+    assert node.metadata.labels["node.kubernetes.io/instance-type"] == "ct6e-standard-4t"
+    assert {taint.key for taint in node.spec.taints} == {"google.com/tpu"}
+    log = api.core.read_namespaced_pod_log(pod.metadata.name, namespace)
+    assert log == 'tpu-v6e-slice 4 {"/data": "gs://models/org/llama"}\n'
+
+
 def test_no_container_outlives_the_cluster_process(tmp_path: Path) -> None:
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     command = [sys.executable, "-m", "sandbox.cluster", "--root", str(tmp_path), "--image-pull-s", "0"]

@@ -185,6 +185,14 @@ def test_weights_come_from_the_bucket_with_the_pods_identity(bucket: tuple[str, 
         assert len(read_checkpoint(source).shards) == 2
 
 
+def test_weights_come_from_a_bucket_that_is_mounted(bucket: tuple[str, str]) -> None:
+    url, path = bucket
+    environment = {"STORAGE_EMULATOR_HOST": url, "SANDBOX_IDENTITY": READER}
+    for mounted in (path, f"{path}/models/tiny"):
+        source = open_source("/data", environment | {"SANDBOX_MOUNTS": json.dumps({"/data": mounted})})
+        assert len(read_checkpoint(source).shards) == 2
+
+
 def test_weights_come_from_the_hub(tmp_path: Path) -> None:
     with HubServer(root=tmp_path / "hub") as hub:
         hub.store.publish("org/tiny", tiny_model(tmp_path / "model"))
