@@ -59,10 +59,12 @@ class Waterfall(Value):
     def slowest(self) -> StageTime | None:
         return max(self.stages, key=lambda stage: stage.duration_s, default=None)
 
-    def with_first_token(self, at: datetime) -> Waterfall:
-        """The waterfall with its last bar: from the end of the others to the first token of the first real request."""
-        wait_s = (at - self.created_at).total_seconds() - self.total_s
-        bar = StageTime(stage=Stage.FIRST_TOKEN, start_s=self.total_s, duration_s=max(0.0, wait_s))
+    def with_first_token(self, took_s: float) -> Waterfall:
+        """The waterfall with its last bar: what the first real request took to its first token.
+
+        It stands at the end of the others, not at its own time: a server that was up already may be asked much later.
+        """
+        bar = StageTime(stage=Stage.FIRST_TOKEN, start_s=self.total_s, duration_s=took_s)
         return self.model_copy(update={"stages": (*self.stages, bar)})
 
     @property

@@ -81,9 +81,9 @@ class WaitReport(Value):
     first_token_s: float | None = None
     """How long the first request took; None as long as nobody has asked."""
 
-    def with_first_token(self, at: datetime, took_s: float) -> WaitReport:
+    def with_first_token(self, took_s: float) -> WaitReport:
         """The report with the last bar of each waterfall: ready is what has answered."""
-        waterfalls = tuple(waterfall.with_first_token(at) for waterfall in self.waterfalls)
+        waterfalls = tuple(waterfall.with_first_token(took_s) for waterfall in self.waterfalls)
         return self.model_copy(update={"waterfalls": waterfalls, "first_token_s": took_s})
 
 

@@ -7,7 +7,6 @@ import time
 from rollout.clients.cluster_wait import WaitReport
 from rollout.clients.openai_api import OpenAiApi
 from rollout.errors import SmokeFailed, StartupFailed
-from rollout.report import utc_now
 from rollout.smoke import error_message
 
 PATH = "/v1/chat/completions"
@@ -26,7 +25,7 @@ def with_first_token(report: WaitReport, base_url: str, model: str, *, patience_
         began = time.monotonic()
         try:
             _one_token(OpenAiApi(base_url), model)
-            return report.with_first_token(utc_now(), time.monotonic() - began)
+            return report.with_first_token(time.monotonic() - began)
         except SmokeFailed as error:
             if time.monotonic() >= gives_up:
                 raise StartupFailed(

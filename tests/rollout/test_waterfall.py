@@ -68,7 +68,7 @@ EVENTS = [
 
 def test_the_stages_of_a_start_on_a_new_node() -> None:
     waterfall = read_waterfall(pod(), EVENTS, lines(), weights_bytes=52_000_000_000)
-    waterfall = waterfall.with_first_token(at(316.5))
+    waterfall = waterfall.with_first_token(1.5)
     assert [(stage.stage, stage.start_s, stage.duration_s) for stage in waterfall.stages] == [
         (Stage.SCHEDULING, 0.0, 10.0),
         (Stage.NODE, 10.0, 110.0),
