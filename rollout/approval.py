@@ -11,7 +11,7 @@ from rollout.preflight import CheckState
 from rollout.report import Action
 from rollout.values import content_digest, field_title
 
-_VERBS = {Action.CREATED: "create", Action.UPDATED: "update", Action.DELETED: "delete"}
+_ACTING = {Action.CREATED, Action.UPDATED, Action.DELETED}
 
 LISTED_CHANGES = 20
 """Of a rollout into an empty project there are about a dozen."""
@@ -23,8 +23,8 @@ NOT_SHOWN = {"checks", "checkpoint_config", "has_chat_template", "project_number
 
 def approval_markdown(plan: RolloutPlan) -> str:
     """The plan for a narrow dialog: lists and no tables, the costs first. The whole plan is the artifact `plan`."""
-    acting = [change for change in plan.changes if change.action in _VERBS]
-    counted = ", ".join(f"{count} to {_VERBS[action]}" for action, count in Counter(c.action for c in acting).items())
+    acting = [change for change in plan.changes if change.action in _ACTING]
+    counted = ", ".join(f"{count} to {action.planned}" for action, count in Counter(c.action for c in acting).items())
     price = "no price is known" if plan.usd_per_hour is None else f"{plan.usd_per_hour:,.2f} USD per hour"
     accelerator = plan.serving.accelerator
     lines = [
@@ -36,7 +36,7 @@ def approval_markdown(plan: RolloutPlan) -> str:
         f"- afterwards: teardown {plan.policy.teardown.value.replace('_', ' ')}",
         *(f"- ⚠ {check.name}: {check.why}" for check in plan.checks if check.state is CheckState.WARNING),
         f"- changes: **{counted or 'none'}**",
-        *(f"    - {_VERBS[c.action]} {c.kind} `{c.name}`" for c in acting[:LISTED_CHANGES]),
+        *(f"    - {c.action.planned} {c.kind} `{c.name}`" for c in acting[:LISTED_CHANGES]),
     ]
     if len(acting) > LISTED_CHANGES:
         lines.append(f"    - and {len(acting) - LISTED_CHANGES} more")

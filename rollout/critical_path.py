@@ -1,10 +1,11 @@
-"""Which steps a rollout's duration is made of: the longest chain, and a picture of all of them over time."""
+"""Which steps a rollout's duration is made of: the longest chain, and a line of time for all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+from rollout.bars import bar
 from rollout.report import StepReport, StepStatus
 
 SLACK = timedelta(seconds=0.5)
@@ -38,18 +39,21 @@ def chain_sentence(steps: Sequence[StepReport]) -> str:
     return f"Longest chain, {total_s:.1f} s: {' → '.join(shown)}."
 
 
-def gantt(steps: Sequence[StepReport]) -> str:
-    """A mermaid gantt chart in which the longest chain is marked as critical."""
+def timeline(steps: Sequence[StepReport]) -> str:
+    """A line of text for each step that ran, with a bar; a star marks the longest chain."""
     critical = {id(step) for step in longest_chain(steps)}
-    lines = ["```mermaid", "gantt", "    dateFormat x", "    axisFormat %H:%M:%S"]
-    for step in steps:
-        if step.status is StepStatus.SKIPPED:
-            continue
-        start_ms = int(step.started_at.timestamp() * 1000)
-        end_ms = start_ms + max(1, int(step.duration_s * 1000))
-        # "crit" draws in red, "active" in the plain colour.
-        lines.append(f"    {step.name} :{'crit' if id(step) in critical else 'active'}, {start_ms}, {end_ms}")
-    return "\n".join([*lines, "```"])
+    ran = [step for step in steps if step.status is not StepStatus.SKIPPED]
+    if not ran:
+        return ""
+    begin = min(step.started_at for step in ran)
+    total_s = (max(_end(step) for step in ran) - begin).total_seconds()
+    width = max(len(step.name) for step in ran)
+    lines = [
+        f"{'*' if id(step) in critical else ' '} {step.name:<{width}}"
+        f" {bar((step.started_at - begin).total_seconds(), step.duration_s, total_s)} {step.duration_s:>8.1f} s"
+        for step in ran
+    ]
+    return "\n".join(["```text", *lines, "```"])
 
 
 def _end(step: StepReport) -> datetime:

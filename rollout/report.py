@@ -21,6 +21,11 @@ class Action(StrEnum):
     """Found there, not made by us: teardown leaves it alone."""
     UNCHANGED = "unchanged"
 
+    @property
+    def planned(self) -> str:
+        """As a plan says it, before anything has happened."""
+        return {"created": "create", "updated": "update", "deleted": "delete"}.get(self.value, self.value)
+
 
 class Change(Value):
     """One thing outside of us that a step touched, or found as wanted."""

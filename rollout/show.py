@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rollout.benchmark import BenchmarkReport
-from rollout.critical_path import chain_sentence, gantt
+from rollout.critical_path import chain_sentence, timeline
 from rollout.dashboards import console_links
 from rollout.delivery import DeliveryReport
 from rollout.diagnosis import Diagnosis
@@ -13,7 +13,7 @@ from rollout.objectives import Verdict
 from rollout.plan import RolloutPlan
 from rollout.preflight import CheckState
 from rollout.record import RolloutReport, TeardownReport
-from rollout.report import StepStatus
+from rollout.report import StepReport, StepStatus
 from rollout.stage import Percentiles
 from rollout.target import Approval
 from rollout.waterfall import Waterfall
@@ -32,7 +32,7 @@ def plan_markdown(plan: RolloutPlan) -> str:
     facts = [
         ("model", f"`{plan.model.repo_id}` at `{plan.model.commit_sha}`"),
         ("weights", f"`{plan.weights_uri}`"),
-        ("transfer", f"{plan.transfer_bytes:,} bytes"),
+        ("transfer", f"{plan.transfer_bytes / 1e9:.2f} GB"),
         ("served as", f"`{plan.serving.served_model_name}` by `{plan.serving.image}`"),
         ("accelerators", f"{plan.serving.replicas} × {plan.serving.accelerator.count} {plan.serving.accelerator.type}"),
         ("cost while running", price),
@@ -44,10 +44,11 @@ def plan_markdown(plan: RolloutPlan) -> str:
     parts = [
         f"# Plan: {plan.title}",
         "Nothing has changed yet. " + _headline(plan),
-        table(("", ""), facts),
+        # A list, because the tables of Prefect's UI cut what is longer than its window.
+        "\n".join(f"- {name}: {fact}" for name, fact in facts),
         *_where_to_look(plan),
         "## Changes",
-        table(("action", "kind", "name", ""), ((c.action.value, c.kind, c.name, c.detail) for c in plan.changes)),
+        table(("action", "kind", "name", ""), ((c.action.planned, c.kind, c.name, c.detail) for c in plan.changes)),
     ]
     if plan.object_diff:
         parts += ["## Difference to the live objects", plan.object_diff]
@@ -81,7 +82,7 @@ def failed_start_markdown(
 
 
 def benchmark_markdown(report: BenchmarkReport) -> str:
-    """The curve's verdict, latency over throughput as a chart, and a row for every stage."""
+    """The curve's verdict, and a row for every stage; its pictures are artifacts of their own."""
     stages = sorted(report.stages, key=lambda stage: stage.rate_per_s)
     rows = [
         (
@@ -93,22 +94,11 @@ def benchmark_markdown(report: BenchmarkReport) -> str:
         for stage in stages
     ]
     columns = ("requests/s", "output tokens/s", "completed", "TTFT ms", "ITL ms", "NTPOT ms", "end to end ms")
-    charted = [stage for stage in stages if stage.ttft_s is not None]
-    chart = [
-        "```mermaid",
-        "xychart-beta",
-        '    title "Median TTFT over throughput"',
-        f'    x-axis "output tokens/s" [{", ".join(f"{stage.output_tokens_per_s:.0f}" for stage in charted)}]',
-        '    y-axis "ms"',
-        f"    line [{', '.join(f'{stage.ttft_s.p50 * 1e3:.1f}' for stage in charted if stage.ttft_s)}]",
-        "```",
-    ]
     parts = [
         f"# Load sweep of {report.environment.model}",
         curve_summary(report),
         f"Workload: {report.spec.workload.name}. Latencies are p50 / p99.",
         table(columns, rows),
-        *(["\n".join(chart)] if len(charted) > 1 else []),
         *(f"- {note}" for note in report.notes),
     ]
     return "\n\n".join(parts) + "\n"
@@ -173,7 +163,11 @@ _MARKS = {
 
 def step_table(report: RolloutReport) -> list[tuple[str, str, str, str]]:
     """Rows of (mark, step, seconds, summary) for terminals and tables."""
-    return [(_MARKS[step.status], step.name, f"{step.duration_s:.1f}", step.summary) for step in report.steps]
+    return [(_MARKS[step.status], step.name, f"{step.duration_s:.1f}", _what_happened(step)) for step in report.steps]
+
+
+def _what_happened(step: StepReport) -> str:
+    return step.summary if step.attempts == 1 else f"{step.summary} ({step.attempts} attempts)"
 
 
 def report_markdown(report: RolloutReport) -> str:
@@ -189,11 +183,16 @@ def report_markdown(report: RolloutReport) -> str:
             f" · image `{report.plan.serving.image}`",
         ]
         lines += [part for link in _where_to_look(report.plan) for part in ("", link)]
-    columns = ("", "step", "seconds", "attempts", "what happened")
-    rows = ((_MARKS[s.status], s.name, f"{s.duration_s:.1f}", s.attempts, s.summary) for s in report.steps)
-    lines += ["", table(columns, rows)]
+    lines += ["", table(("", "step", "seconds", "what happened"), step_table(report))]
     if len(report.steps) > 1:
-        lines += ["", "## Timeline", "", chain_sentence(report.steps), "", gantt(report.steps)]
+        lines += [
+            "",
+            "## Timeline",
+            "",
+            f"{chain_sentence(report.steps)} It has the stars.",
+            "",
+            timeline(report.steps),
+        ]
     if report.objectives:
         lines += ["", "## Objectives", "", verdict_markdown(report.objectives)]
     if report.delivery:

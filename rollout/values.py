@@ -24,7 +24,7 @@ def field_title(name: str, _: object = None) -> str:
     for ending, unit in _UNITS.items():
         if name.endswith(f"_{ending}"):
             return f"{field_title(name.removesuffix(f'_{ending}'))} ({unit})"
-    words = name.replace("_", " ")
+    words = name.replace("_", " ").replace("usd ", "USD ")
     return words[:1].upper() + words[1:]
 
 

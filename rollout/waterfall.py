@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from rollout.bars import bar
 from rollout.values import Value
 
 
@@ -74,8 +75,10 @@ class Waterfall(Value):
             return "Nothing was observed of the start.\n"
         lines = ["| Stage | from s | took s | | |", "|---|---:|---:|---|---|"]
         for stage in self.stages:
-            bar = _bar(stage, self.total_s)
-            lines.append(f"| {stage.stage} | {stage.start_s:.1f} | {stage.duration_s:.1f} | `{bar}` | {stage.detail} |")
+            shown = bar(stage.start_s, stage.duration_s, self.total_s)
+            lines.append(
+                f"| {stage.stage} | {stage.start_s:.1f} | {stage.duration_s:.1f} | `{shown}` | {stage.detail} |"
+            )
         slowest = self.slowest
         assert slowest is not None
         lines += ["", f"Slowest: **{slowest.stage}**. {_FASTER[slowest.stage]}"]
@@ -93,15 +96,6 @@ _FASTER = {
     Stage.ENGINE: "Profiling and KV cache: set --num-gpu-blocks-override, or more CPU.",
     Stage.FIRST_TOKEN: "The first request compiles what warm-up left out.",
 }
-
-_BAR_WIDTH = 40
-
-
-def _bar(stage: StageTime, total_s: float) -> str:
-    scale = _BAR_WIDTH / total_s if total_s else 0.0
-    before = round(stage.start_s * scale)
-    length = max(1, round(stage.duration_s * scale))
-    return ("·" * before + "█" * length).ljust(_BAR_WIDTH, "·")[: _BAR_WIDTH + 1]
 
 
 class TimedLine(Value):

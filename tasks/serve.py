@@ -10,6 +10,7 @@ from rollout.clients.cluster import ClusterClient
 from rollout.clients.cluster_wait import FailedStart, LogLine, Progress, WaitReport
 from rollout.clients.first_token import with_first_token
 from rollout.diagnosis import Category, StartupObservation, is_complaint
+from rollout.diff import diff_markdown
 from rollout.ledger import APPLY_STEP
 from rollout.plan import RolloutPlan
 from rollout.report import Action, StepStatus
@@ -22,11 +23,12 @@ from tasks.step import Artifact, Outcome, ProgressBar, step
 def apply_manifests(plan: RolloutPlan) -> Outcome[None]:
     """Server-side dry run of everything, then server-side apply in dependency order; prune what the plan dropped."""
     cluster = ClusterClient.connect(plan.target)
-    preview = cluster.preview(plan.objects)
+    updates = tuple(diff for diff in cluster.preview(plan.objects).diffs if diff.fields)
     applied = cluster.apply(plan.objects)
     changes = applied + cluster.prune(plan.objects, plan.serving.name)
     acted = [change for change in changes if change.action in (Action.CREATED, Action.UPDATED, Action.DELETED)]
     rows = [(c.action.value, c.kind, c.name, c.detail) for c in changes]
+    changed = [diff_markdown(updates)] if updates else []
     return Outcome(
         value=None,
         summary=f"{len(acted)} of {len(changes)} objects changed",
@@ -35,7 +37,7 @@ def apply_manifests(plan: RolloutPlan) -> Outcome[None]:
         artifact=Artifact(
             "manifests",
             f"Kubernetes objects of {plan.serving.name}",
-            markdown=table(("action", "kind", "name", ""), rows) + "\n\n" + preview.markdown,
+            markdown="\n\n".join([table(("action", "kind", "name", "changed fields"), rows), *changed]),
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from rollout.critical_path import chain_sentence, gantt, longest_chain
+from rollout.critical_path import chain_sentence, longest_chain, timeline
 from rollout.report import StepReport, StepStatus
 
 START = datetime(2026, 11, 1, 12, 0, 0, tzinfo=UTC)
@@ -49,9 +49,10 @@ def test_nothing_ran_and_nothing_is_said() -> None:
     assert chain_sentence(()) == ""
 
 
-def test_the_gantt_marks_the_chain_and_leaves_skipped_steps_out() -> None:
-    chart = gantt(STEPS)
-    start_ms = int(START.timestamp() * 1000)
-    assert f"    weights :crit, {start_ms + 1100}, {start_ms + 501000}" in chart
-    assert f"    cluster :active, {start_ms + 1000}, {start_ms + 301000}" in chart
-    assert "benchmark" not in chart
+def test_the_timeline_marks_the_chain_and_leaves_skipped_steps_out() -> None:
+    lines = timeline(STEPS).splitlines()
+    assert lines[3] == f"* weights  {'█' * 33}{'·' * 7}    499.9 s"
+    assert lines[2] == f"  cluster  {'█' * 20}{'·' * 20}    300.0 s"
+    assert lines[-2] == f"* wait     {'·' * 34}{'█' * 6}     96.7 s"
+    assert "benchmark" not in timeline(STEPS)
+    assert timeline(()) == ""

@@ -52,9 +52,9 @@ def test_plan_and_report_lead_to_the_consoles_pages() -> None:
 
 
 def test_the_plan_says_who_is_asked_and_what_the_target_wants_at_least() -> None:
-    assert "| approval | never |" in plan_markdown(plan_for(Observation()))
+    assert "- approval: never\n" in plan_markdown(plan_for(Observation()))
     strict = TARGET.model_copy(update={"approval": Approval.ON_CHANGE})
-    assert "| approval | never (at s3ns, on change at least) |" in plan_markdown(plan_for(Observation(), strict))
+    assert "- approval: never (at s3ns, on change at least)" in plan_markdown(plan_for(Observation(), strict))
     assert rollout_id(MODEL, SERVING, strict) == rollout_id(MODEL, SERVING, TARGET)
 
 
