@@ -6,9 +6,8 @@ scale; Deployments, ReplicaSets, Jobs, autoscalers (see `autoscaling`), endpoint
 made when a pod asks for a GPU; and containers as processes of this machine, with logs, probes, events and forwarded
 ports. Statuses, bodies, messages and the order of events follow a real Kubernetes 1.36 control plane.
 
-Not simulated: admission webhooks, quotas, OpenAPI, other kinds and API versions (404), storage (a CSI volume is an
-empty folder: nothing loads by Cloud Storage FUSE), TPU nodes, networking between pods, priorities and preemption.
-Objects live as long as the process.
+Not simulated: admission webhooks, quotas, OpenAPI, other kinds and API versions (404), persistent volumes, networking
+between pods, priorities and preemption. Objects live as long as the process.
 """
 
 from sandbox.cluster.autoscaling import AutoscalerSettings

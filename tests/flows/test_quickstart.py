@@ -80,8 +80,13 @@ def test_applied_manifests_serve_from_the_bucket_and_go_with_a_teardown(stage: S
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"serving_stack": "llm-d", "from_bucket": True}],
-    ids=["from the hub", "llm-d"],
+    [
+        {},
+        {"serving_stack": "llm-d", "from_bucket": True},
+        {"model_server_version": "v0.10.2", "from_bucket": True},
+        {"accelerator_type": "tpu-v6e-slice", "model_server_version": "v0.14.0", "from_bucket": True},
+    ],
+    ids=["from the hub", "llm-d", "by Cloud Storage FUSE", "on a TPU"],
 )
 def test_one_of_each_kind_becomes_available(stage: Stage, changes: dict[str, Any]) -> None:
     Gke(stage.target).ensure()
