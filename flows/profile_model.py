@@ -78,7 +78,7 @@ def measure_and_scale(plan: RolloutPlan, wanted: ProfilingSpec, record: Record) 
     story = record.story
     provision(plan, record)
     if plan.serving.replicas > 1:
-        story.run(require_metrics_adapter, plan)
+        story.run(require_metrics_adapter, plan.target)
     single = with_replicas(plan, 1)
     update_in_place(single, record)
     assert record.report.benchmark is not None, "require_profilable() saw to it"

@@ -40,18 +40,17 @@ def teardown_model(
         model: Preset whose model server goes; not needed when a record says it.
         report_file: Record of the rollout; it is continued with the teardown. The bucket's records count in any case.
         weights: Whether the weights and a bucket of ours go as well.
-        instance: Name of a Deployment of ours that no preset and no record knows, e.g. of create-manifests.
+        instance: Name of a Deployment of ours that no preset knows, e.g. of create-manifests.
         run: Beginning of the id of a rollout's run, also of one that was killed: the bucket's record says the rest.
     """
     where = load_target(target)
     earlier = read_local(Path(report_file)) if report_file and Path(report_file).exists() else None
     if earlier is None and run:
         earlier = RecordStore(where).named(run)
-    plan = earlier.plan if earlier else None
     if model is not None:
         instance = load_model(model).serving.name
-    elif instance is None and plan is not None:
-        instance = plan.serving.name
+    elif instance is None and earlier is not None:
+        instance = earlier.instance
     if instance is None:
         raise BadInput(
             "neither a model preset nor a record says what to tear down.",

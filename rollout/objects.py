@@ -24,6 +24,9 @@ ROLLOUT_LABEL = "llm-rollout.dev/rollout"
 MODEL_ANNOTATION = "llm-rollout.dev/model"
 WEIGHTS_ANNOTATION = "llm-rollout.dev/weights-digest"
 
+GSA_ANNOTATION = "iam.gke.io/gcp-service-account"
+"""On a Kubernetes service account: the Google service account that its pods act as."""
+
 SHARED_KINDS = frozenset({"Namespace", "ComputeClass", "ServiceAccount"})
 """Objects that several models of one target use; they carry no instance label."""
 
@@ -195,7 +198,7 @@ def _instance(manifest: Mapping[str, Any]) -> str | None:
 def _ksa_annotations(target: Target) -> dict[str, str]:
     if target.identity is IdentityMode.DIRECT or target.cluster.mode is ClusterMode.KUBECONFIG:
         return {}
-    return {"iam.gke.io/gcp-service-account": target.gsa_email}
+    return {GSA_ANNOTATION: target.gsa_email}
 
 
 def _compute_class_file(serving: ServingSpec) -> str:

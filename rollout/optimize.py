@@ -8,7 +8,7 @@ a HorizontalPodAutoscaler from a latency target; the llm-d serving stack. Pure: 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from enum import StrEnum
 from typing import Annotated, Any
@@ -52,6 +52,9 @@ from rollout.values import KubernetesName, RepoId, Value
 from rollout.vllm_flags import VLLM_VERSION
 
 VERSION_ANNOTATION = "recommender.ai.gke.io/version"
+
+SHARED_LABELS = {MANAGED_BY_LABEL: MANAGER}
+"""Of what several models of a namespace use: ours, and no one instance's."""
 
 PORT = 8000
 """The quickstart's: `http://SERVICE_NAME:8000`."""
@@ -346,10 +349,37 @@ def check_hub_secret(facts: ModelFacts, *, exists: bool) -> Check:
     )
 
 
-def scale_steps(generated: GeneratedManifests, replicas: int) -> tuple[int, ...]:
-    """To how many replicas to scale, each step after the one before is ready: XLA caches are written by one only."""
+def scale_steps(generated: GeneratedManifests, replicas: int, *, ready: int = 0) -> tuple[int, ...]:
+    """To how many replicas to scale, each step after the one before is ready: XLA caches are written by one only.
+
+    `ready` are there already, and stay: what they need of the cache is written.
+    """
     first = generated.scale_first_to
-    return (replicas,) if first is None or replicas <= first else (first, replicas)
+    if first is None or replicas <= max(first, ready):
+        return (replicas,)
+    return max(first, ready), replicas
+
+
+def apply_stages(
+    generated: GeneratedManifests, replicas: int, *, ready: int = 0
+) -> tuple[tuple[KubernetesObject, ...], ...]:
+    """What to apply, each stage after the pods of the one before are ready. `replicas` count without an autoscaler.
+
+    An autoscaler comes last where one pod must write the XLA cache first: it may ask for several at once.
+    """
+    if generated.autoscaling is None:
+        steps = scale_steps(generated, replicas, ready=ready)
+        return tuple(tuple(_with_replicas(each, generated, count) for each in generated.objects) for count in steps)
+    if generated.scale_first_to is None or ready:
+        return (generated.objects,)
+    single = tuple(each for each in generated.objects if each["kind"] != "HorizontalPodAutoscaler")
+    return single, generated.objects
+
+
+def _with_replicas(manifest: KubernetesObject, generated: GeneratedManifests, replicas: int) -> KubernetesObject:
+    if (manifest["kind"], manifest["metadata"]["name"]) != ("Deployment", generated.serving.name):
+        return manifest
+    return {**manifest, "spec": {**manifest["spec"], "replicas": replicas}}
 
 
 def _checks(
@@ -523,19 +553,10 @@ def _objects(
 ) -> tuple[KubernetesObject, ...]:
     files = ["deployment.yaml", "service.yaml", "pod-monitoring.yaml"]
     values = _values(request, facts, chip, serving, storage)
-    if request.boot_disk_gib:
-        files.insert(0, "compute-class-boot-disk.yaml")
-        values |= {
-            "shared_labels": values["labels"],
-            "compute_class": serving.accelerator.compute_class,
-            "machine_type": serving.accelerator.machine_type,
-            "machine_gpu_count": serving.accelerator.machine_gpu_count,
-            "accelerator_type": chip.name,
-            "boot_disk_gib": request.boot_disk_gib,
-        }
     if request.service_account != "default":
         files.insert(0, "service-account.yaml")
-        values |= {"shared_labels": values["labels"], "ksa_annotations": {}}
+        # Other models' pods may have the same identity: it goes with the last of them.
+        values |= {"shared_labels": SHARED_LABELS, "ksa_annotations": {}}
     if request.serving_stack is ServingStack.LLM_D:
         files += _LLM_D_FILES
         values |= {
@@ -544,6 +565,8 @@ def _objects(
             "gateway": f"{serving.name}-gateway",
         }
     objects = render(read_manifests(files), values)
+    if request.boot_disk_gib:
+        objects = (*_compute_class(request, chip, serving, values["labels"]), *objects)
     if autoscaling is not None:
         scaler = autoscaler_object(
             autoscaling,
@@ -566,6 +589,21 @@ def _objects(
             if request.model_bucket_uri and xla_cache_path(request, chip):
                 _mount_xla_cache(each, request.model_bucket_uri)
     return objects
+
+
+def _compute_class(
+    request: ManifestRequest, chip: AcceleratorType, serving: ServingSpec, labels: Mapping[str, str]
+) -> tuple[KubernetesObject, ...]:
+    """The instance's own, with its name and its disk: it has the instance's labels where a target's has shared ones."""
+    values = {
+        "shared_labels": labels,
+        "compute_class": serving.accelerator.compute_class,
+        "machine_type": serving.accelerator.machine_type,
+        "machine_gpu_count": serving.accelerator.machine_gpu_count,
+        "accelerator_type": chip.name,
+        "boot_disk_gib": request.boot_disk_gib,
+    }
+    return render(read_manifests(["compute-class-boot-disk.yaml"]), values)
 
 
 _LLM_D_FILES = [

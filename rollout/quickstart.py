@@ -159,6 +159,12 @@ class ManifestsRequest(Value):
         json_schema_extra={"position": 12},
     )
 
+    boot_disk_gib: Annotated[int, Field(ge=10)] | None = Field(
+        None,
+        title="Boot disk (GiB)",
+        description="A larger disk for weights from Hugging Face; empty: 90 GiB and more are cached in memory.",
+        json_schema_extra={"position": 14},
+    )
     replicas: Annotated[int, Field(ge=1, le=1000)] = Field(
         1,
         title="Replicas",
@@ -181,6 +187,7 @@ class ManifestsRequest(Value):
             serving_stack=self.serving_stack,
             max_replicas=self.max_replicas,
             adapter=self.adapter,
+            boot_disk_gib=self.boot_disk_gib,
             gke_version=gke_version,
             project=target.project,
             project_number=project_number or None,

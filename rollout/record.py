@@ -12,6 +12,7 @@ from rollout.benchmark import BenchmarkReport
 from rollout.delivery import DeliveryReport
 from rollout.errors import ExitCode
 from rollout.objectives import Verdict as ObjectivesVerdict
+from rollout.optimize import GeneratedManifests
 from rollout.plan import RolloutPlan
 from rollout.report import SCHEMA_VERSION, Action, Change, StepReport
 from rollout.smoke import SmokeReport
@@ -66,7 +67,9 @@ class RolloutReport(Value):
     verdict: Verdict = Verdict.RUNNING
     error: str | None = None
     plan: RolloutPlan | None = None
-    """None when the run ended before there was a plan."""
+    """None when the run ended before there was a plan, and of generated manifests."""
+    generated: GeneratedManifests | None = None
+    """The optimised manifests that were applied, of a run of create-manifests."""
     steps: tuple[StepReport, ...] = ()
     weights: TransferReport | None = None
     startup: dict[str, Any] | None = None
@@ -81,6 +84,12 @@ class RolloutReport(Value):
     @property
     def exit_code(self) -> ExitCode:
         return EXIT_CODES[self.verdict]
+
+    @property
+    def instance(self) -> str | None:
+        """Name of the Deployment that the run is about, where it came so far."""
+        about = self.plan or self.generated
+        return about.serving.name if about else None
 
     @property
     def created(self) -> frozenset[tuple[str, str]]:

@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -47,10 +48,13 @@ def synthetic_gemma4(cache_dir: Path, *, size: Gemma4Size, total_bytes: int, see
     return _made_once(cache_dir / f"gemma-4-{size}-it-{total_bytes}-{seed}-v{_GEMMA4_VERSION}", build)
 
 
-def tiny_model(folder: Path, *, shards: int = 2, seed: int = 0) -> Path:
+def tiny_model(
+    folder: Path, *, shards: int = 2, seed: int = 0, config: Mapping[str, Any] = MappingProxyType({})
+) -> Path:
     """A complete checkpoint of a few KB for LlamaForCausalLM. Returns `folder`.
 
-    One shard is `model.safetensors` without an index, as transformers writes it; more have an index.
+    One shard is `model.safetensors` without an index, as transformers writes it; more have an index. `config` overrides
+    what config.json says: the shape of a large model, whose tensors nobody loads.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hidden, layers, vocabulary = 8, max(1, shards - 1), 260
@@ -65,7 +69,7 @@ def tiny_model(folder: Path, *, shards: int = 2, seed: int = 0) -> Path:
         write_safetensors(folder / "model.safetensors", tensors)
     else:  # The embedding alone in the first shard, and a layer in each of the others.
         write_sharded(folder, tensors, shard_bytes=tensors[-1].size_bytes)
-    config = {
+    described = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
@@ -80,7 +84,7 @@ def tiny_model(folder: Path, *, shards: int = 2, seed: int = 0) -> Path:
         "torch_dtype": "bfloat16",
         "vocab_size": vocabulary,
     }
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {**described, **config})
     write_json(folder / "generation_config.json", {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258})
     _write_byte_tokenizer(folder, ["<bos>", "<eos>", "<pad>", "<unk>"])
     template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

@@ -61,7 +61,14 @@ def gpus_of(plan: RolloutPlan) -> Iterator[None]:
 
     Always in this order, so that two rollouts cannot wait for each other.
     """
-    with target_alone(plan.target.name), _slots_of_run(gpu_limit(plan.target.name), gpus_at_once(plan)):
+    with accelerators_of(plan.target.name, gpus_at_once(plan)):
+        yield
+
+
+@contextmanager
+def accelerators_of(target: str, count: int) -> Iterator[None]:
+    """The same for what has no plan: generated manifests, whose pods have `count` accelerators together."""
+    with target_alone(target), _slots_of_run(gpu_limit(target), count):
         yield
 
 

@@ -35,6 +35,7 @@ from rollout.rendering import KubernetesObject
 from rollout.report import StepStatus, utc_now
 from rollout.request import RolloutSpec
 from rollout.show import table
+from rollout.target import Target
 from tasks.step import Artifact, Outcome, step
 from tasks.verify import measure
 
@@ -139,11 +140,11 @@ def require_forecast(found: tuple[Gap, ...], spec: ProfilingSpec) -> None:
 
 
 @step("metrics adapter")
-def require_metrics_adapter(plan: RolloutPlan) -> Outcome[None]:
+def require_metrics_adapter(target: Target) -> Outcome[None]:
     """The cluster can bring vLLM's metrics to an autoscaler; asked before a GPU is paid for."""
-    check = check_metrics_adapter(ClusterClient.connect(plan.target).api_groups())
+    check = check_metrics_adapter(ClusterClient.connect(target).api_groups())
     if check.state is not CheckState.OK:
-        raise BadInput(f"{check.why}.", where=plan.target.cluster.name, resolution=check.resolution)
+        raise BadInput(f"{check.why}.", where=target.cluster.name, resolution=check.resolution)
     return Outcome(value=None, summary=check.why, status=StepStatus.UNCHANGED)
 
 

@@ -6,30 +6,42 @@ from pydantic import ValidationError
 
 from rollout.catalog import explain
 from rollout.clients.cluster import ClusterClient
+from rollout.clients.cluster_wait import WaitReport
 from rollout.clients.gke import Gke
 from rollout.clients.hub_facts import facts_from_hub
-from rollout.clients.iam import BucketPolicy, ensure_binding
 from rollout.clients.projects import Projects
 from rollout.clients.quickstart import (
     curve_of,
+    ensure_grants,
     ensure_hub_secret,
     ensure_namespace,
     manifests_by_google,
     recommendation,
     sources_of,
 )
+from rollout.diagnosis import StartupObservation
 from rollout.errors import BadInput
+from rollout.ledger import APPLY_STEP
 from rollout.model_facts import MODELS, ModelFacts
-from rollout.optimize import LATEST_VERSION, GeneratedManifests, Output, generate_manifests, request_sizing, scale_steps
+from rollout.optimize import (
+    LATEST_VERSION,
+    GeneratedManifests,
+    Output,
+    apply_stages,
+    generate_manifests,
+    request_sizing,
+)
 from rollout.profile_formats import Format, render_recommendation
 from rollout.profiles import Profile, ProfileQuery
 from rollout.quickstart import ManifestsRequest, RecommendRequest
 from rollout.recommend import Recommendation
-from rollout.report import Action, Change, StepStatus, utc_now
+from rollout.rendering import KubernetesObject
+from rollout.report import Action, StepStatus, utc_now
 from rollout.show import table
 from rollout.sources import SourceName
 from rollout.target import ClusterMode, Target
 from tasks.credentials import hub_token
+from tasks.serve import watch_start
 from tasks.step import Artifact, Outcome, step
 
 
@@ -69,7 +81,12 @@ def render_manifests(request: ManifestsRequest, target: Target, facts: ModelFact
     notes: tuple[str, ...] = ()
     if request.targets.given():
         count = request_sizing(wanted, facts).accelerator_count
-        query = ProfileQuery(model=request.model, accelerator=request.accelerator_type, accelerator_count=count)
+        query = ProfileQuery(
+            model=request.model,
+            model_server=wanted.model_server,
+            accelerator=request.accelerator_type,
+            accelerator_count=count,
+        )
         sources = sources_of(target, (SourceName.BUCKET, SourceName.GOOGLE), query)
         profile, notes = curve_of(sources, query, request.use_case)
     generated = generate_manifests(wanted, facts, on=utc_now().date(), profile=profile)
@@ -101,48 +118,81 @@ def manifests_of_google(request: ManifestsRequest, target: Target) -> Outcome[st
 def grant_access(generated: GeneratedManifests, target: Target, facts: ModelFacts) -> Outcome[None]:
     """The bucket's binding, or the Secret with the hub's token: without them no pod would become available."""
     cluster = ClusterClient.connect(target)
-    changes = list(ensure_namespace(cluster, target))
-    for grant in generated.grants:
-        made = ensure_binding(BucketPolicy(target, grant.bucket), grant.role, grant.member)
-        changes += [made] if made else []
+    changes = ensure_namespace(cluster, target)
     if not generated.grants:
         changes += ensure_hub_secret(cluster, generated, facts, hub_token(target))
+    elif target.cluster.mode is not ClusterMode.KUBECONFIG:  # such a cluster brings its own identity
+        changes += ensure_grants(cluster, generated, target)
     return Outcome(
         value=None,
         summary=f"{len(changes)} grants made",
         status=StepStatus.DONE if changes else StepStatus.UNCHANGED,
-        changes=tuple(changes),
+        changes=changes,
     )
 
 
-@step("apply manifests of the quickstart")
-def apply_generated(generated: GeneratedManifests, target: Target, replicas: int) -> Outcome[None]:
-    """Server-side apply, one step of replicas after the other, each until its pods are available."""
+@step("stages")
+def plan_stages(
+    generated: GeneratedManifests, target: Target, replicas: int
+) -> Outcome[tuple[tuple[KubernetesObject, ...], ...]]:
+    """What to apply one after the other, by what is ready already: on TPUs one pod writes the XLA cache first."""
     cluster = ClusterClient.connect(target)
+    server = next(each for each in generated.objects if _is_server(each, generated))
+    ready = cluster.ready_replicas(generated.serving.name) if cluster.find(server) else 0
     # The target's own service account is other models' too: it stays as it is.
-    objects = [each for each in generated.objects if each["kind"] != "ServiceAccount" or cluster.find(each) is None]
-    changes: tuple[Change, ...] = ()
-    for count in scale_steps(generated, replicas):
-        changes += cluster.apply([_scaled(each, generated.serving.name, count) for each in objects])
-        cluster.wait_available(generated.serving.name, deadline_s=generated.serving.ready_timeout_s)
-    acted = [change for change in changes if change.action in (Action.CREATED, Action.UPDATED)]
+    account = generated.request.service_account
+    kept = [each for each in generated.objects if _is_account(each, account) and cluster.find(each)]
+    stages = apply_stages(generated, replicas, ready=ready)
+    return Outcome(
+        value=tuple(tuple(each for each in stage if each not in kept) for stage in stages),
+        summary=f"{ready} pods are ready; {len(stages)} stages",
+        status=StepStatus.UNCHANGED,
+    )
+
+
+@step(APPLY_STEP)
+def apply_generated(
+    generated: GeneratedManifests, target: Target, objects: tuple[KubernetesObject, ...]
+) -> Outcome[None]:
+    """Server-side apply in dependency order, after a server-side dry run; prune what earlier manifests had more."""
+    cluster = ClusterClient.connect(target)
+    changes = cluster.apply(objects) + cluster.prune(generated.objects, generated.serving.name)
+    acted = [change for change in changes if change.action in (Action.CREATED, Action.UPDATED, Action.DELETED)]
     rows = [(change.action.value, change.kind, change.name, change.detail) for change in changes]
     return Outcome(
         value=None,
-        summary=f"{len(acted)} of {len(changes)} objects changed; {generated.serving.name} is available",
+        summary=f"{len(acted)} of {len(changes)} objects changed",
         status=StepStatus.DONE if acted else StepStatus.UNCHANGED,
         changes=changes,
         artifact=Artifact("manifests", "Kubernetes objects", markdown=table(("action", "kind", "name", ""), rows)),
     )
 
 
-def _scaled(manifest: dict[str, object], name: str, replicas: int) -> dict[str, object]:
-    """The Deployment with that many pods, unless an autoscaler owns the field."""
-    metadata, spec = manifest["metadata"], manifest.get("spec")
-    assert isinstance(metadata, dict)
-    if manifest["kind"] != "Deployment" or metadata["name"] != name or not isinstance(spec, dict):
-        return manifest
-    return {**manifest, "spec": {**spec, "replicas": replicas}} if "replicas" in spec else manifest
+@step("wait until available", retries=1)
+def wait_until_generated(generated: GeneratedManifests, target: Target, facts: ModelFacts) -> Outcome[WaitReport]:
+    """Watch the start until one token has come back, and until what routes to the server is there as well."""
+    serving, request = generated.serving, generated.request
+    context = StartupObservation(
+        serving=serving,
+        target=target,
+        repo_id=request.model,
+        weights_uri=request.model_bucket_uri or "",
+        weights_bytes=facts.weights_bytes,
+    )
+    started = watch_start(target, serving, context, serving.ready_timeout_s)
+    cluster = ClusterClient.connect(target)
+    for each in generated.objects:
+        if each["kind"] == "Deployment" and not _is_server(each, generated):
+            cluster.wait_available(each["metadata"]["name"], deadline_s=serving.ready_timeout_s)
+    return started
+
+
+def _is_server(manifest: KubernetesObject, generated: GeneratedManifests) -> bool:
+    return (manifest["kind"], manifest["metadata"]["name"]) == ("Deployment", generated.serving.name)
+
+
+def _is_account(manifest: KubernetesObject, name: str) -> bool:
+    return (manifest["kind"], manifest["metadata"]["name"]) == ("ServiceAccount", name)
 
 
 def _project_number(target: Target) -> str:

@@ -14,7 +14,9 @@ from rollout.diff import diff_markdown
 from rollout.ledger import APPLY_STEP
 from rollout.plan import RolloutPlan
 from rollout.report import Action, StepStatus
+from rollout.serving import ServingSpec
 from rollout.show import diagnosis_markdown, failed_start_markdown, table
+from rollout.target import Target
 from rollout.waterfall import is_milestone
 from tasks.step import Artifact, Outcome, ProgressBar, step
 
@@ -45,14 +47,21 @@ def apply_manifests(plan: RolloutPlan) -> Outcome[None]:
 @step("wait until available", retries=1)
 def wait_until_available(plan: RolloutPlan) -> Outcome[WaitReport]:
     """Watch the start until one token has come back; end early, with the diagnosis, when it cannot succeed."""
-    cluster = ClusterClient.connect(plan.target)
-    with ProgressBar("start-up", f"Start of {plan.serving.name}") as bar:
-        watcher = _Watcher(plan.serving.name, bar)
+    return watch_start(plan.target, plan.serving, _context(plan), plan.deadlines_s["available"])
+
+
+def watch_start(
+    target: Target, serving: ServingSpec, context: StartupObservation, deadline_s: float
+) -> Outcome[WaitReport]:
+    """The same for whatever serves; `context` is what was planned, for the diagnosis."""
+    cluster = ClusterClient.connect(target)
+    with ProgressBar("start-up", f"Start of {serving.name}") as bar:
+        watcher = _Watcher(serving.name, bar)
         try:
             available = cluster.wait_available(
-                plan.serving.name,
-                deadline_s=plan.deadlines_s["available"],
-                context=_context(plan),
+                serving.name,
+                deadline_s=deadline_s,
+                context=context,
                 on_progress=watcher.show,
                 on_log=watcher.follow,
             )
@@ -61,8 +70,8 @@ def wait_until_available(plan: RolloutPlan) -> Outcome[WaitReport]:
                 failed_start_markdown(failure.summary, failure.diagnosis, failure.waterfalls, failure.log_tail)
             )
             raise
-        with cluster.endpoint(plan.serving.service_name) as base_url:
-            report = with_first_token(available, base_url, plan.serving.served_model_name)
+        with cluster.endpoint(serving.service_name) as base_url:
+            report = with_first_token(available, base_url, serving.served_model_name)
         bar.update(100.0, "one token has come back")
     waterfalls = "\n\n".join(waterfall.markdown for waterfall in report.waterfalls)
     return Outcome(
@@ -70,7 +79,7 @@ def wait_until_available(plan: RolloutPlan) -> Outcome[WaitReport]:
         summary=f"{len(report.pods)} pods available after {report.duration_s:.1f} s, one token in"
         f" {report.first_token_s:.2f} s",
         data=report.model_dump(mode="json"),
-        artifact=Artifact("start-up-waterfall", f"Where the start of {plan.serving.name} spent its time", waterfalls),
+        artifact=Artifact("start-up-waterfall", f"Where the start of {serving.name} spent its time", waterfalls),
     )
 
 

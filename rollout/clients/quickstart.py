@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rollout.clients.cluster import ClusterClient
+from rollout.clients.iam import BucketPolicy, ensure_binding
 from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
 from rollout.clients.recommender import Recommender
 from rollout.cost import Price, PricingModel, find_price
 from rollout.errors import BadInput
 from rollout.model_facts import ModelFacts
-from rollout.objects import INSTANCE_LABEL, MANAGED_BY_LABEL, MANAGER
-from rollout.optimize import HF_SECRET, GeneratedManifests, ManifestRequest, Output, check_hub_secret
+from rollout.objects import GSA_ANNOTATION
+from rollout.optimize import HF_SECRET, SHARED_LABELS, GeneratedManifests, ManifestRequest, Output, check_hub_secret
 from rollout.preflight import CheckState
 from rollout.profiles import Profile, ProfileQuery, ProfileSource, ask, best_curve, select, use_case_named
 from rollout.recommend import PriceOf, Recommendation, Requirements, recommend
@@ -99,14 +100,31 @@ def manifests_by_google(request: ManifestRequest, target: Target | None, version
     return {Output.MANIFEST: documents, Output.COMMENTS: comments, Output.ALL: documents + comments}[output]
 
 
+def ensure_grants(cluster: ClusterClient, generated: GeneratedManifests, target: Target) -> tuple[Change, ...]:
+    """Let the pods read, and on TPUs write, the bucket of their weights.
+
+    A Kubernetes service account that already acts as a Google one is known to the bucket by that.
+    """
+    name = generated.request.service_account
+    account = cluster.find(
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": target.namespace}}
+    )
+    email = ((account or {}).get("metadata", {}).get("annotations") or {}).get(GSA_ANNOTATION)
+    made = [
+        ensure_binding(
+            BucketPolicy(target, each.bucket), each.role, f"serviceAccount:{email}" if email else each.member
+        )
+        for each in generated.grants
+    ]
+    return tuple(change for change in made if change is not None)
+
+
 def ensure_namespace(cluster: ClusterClient, target: Target) -> tuple[Change, ...]:
     """The target's namespace, made if it is not there."""
     if cluster.namespace_exists(target.namespace):
         return ()
-    labels = {MANAGED_BY_LABEL: MANAGER}
-    return cluster.apply(
-        render(read_manifests(["namespace.yaml"]), {"namespace": target.namespace, "shared_labels": labels})
-    )
+    values = {"namespace": target.namespace, "shared_labels": SHARED_LABELS}
+    return cluster.apply(render(read_manifests(["namespace.yaml"]), values))
 
 
 def ensure_hub_secret(
@@ -116,12 +134,12 @@ def ensure_hub_secret(
 
     Raises BadInput for a gated model that would have none.
     """
-    serving, namespace = generated.serving, generated.request.namespace
-    labels = {MANAGED_BY_LABEL: MANAGER, INSTANCE_LABEL: serving.name}
+    namespace = generated.request.namespace
     values = {
         "hub_token_secret": HF_SECRET,
         "namespace": namespace,
-        "labels": labels,
+        # The quickstart's one name for the token: every model of the namespace reads it.
+        "labels": SHARED_LABELS,
         "hub_token_base64": base64.b64encode((token or "").encode()).decode(),
     }
     secret = render(read_manifests(["hf-token.yaml"]), values)[0]

@@ -126,5 +126,5 @@ class RecordStore:
 
 
 def _name(report: RolloutReport) -> str:
-    instance = report.plan.serving.name if report.plan else "no-plan"
+    instance = report.instance or "no-plan"
     return f"{report.started_at:%Y%m%dT%H%M%S}-{instance}-{report.run_id}.json"

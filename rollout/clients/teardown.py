@@ -14,7 +14,6 @@ from rollout.clients.cluster import ClusterClient
 from rollout.clients.compute import Compute
 from rollout.clients.gke import ClusterInfo, Gke
 from rollout.clients.iam import (
-    OBJECT_USER,
     OBJECT_VIEWER,
     WORKLOAD_IDENTITY_USER,
     BucketPolicy,
@@ -29,7 +28,7 @@ from rollout.clients.projects import Projects
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import remove_dead_leftovers, unfinished_paths
-from rollout.errors import AnotherWriter, ApiDisabled, NotFound, PermissionMissing
+from rollout.errors import AnotherWriter, ApiDisabled, BucketNotFound, NotFound, PermissionMissing
 from rollout.objects import INSTANCE_LABEL, removable
 from rollout.plan import object_name
 from rollout.policy import Weights
@@ -37,7 +36,6 @@ from rollout.record import TeardownReport
 from rollout.report import Action, Change
 from rollout.selection import RESERVED_FOLDER
 from rollout.target import ClusterMode, IdentityMode, Target
-from rollout.transfer_job import writer_member
 
 _DISK_LABEL = "goog-k8s-cluster-name"
 """GKE puts it on every disk that it makes for a cluster's volumes."""
@@ -171,10 +169,27 @@ def _bindings(work: _Teardown) -> list[tuple[PolicyStore, str, str]]:
         number = Projects(target).get().number if target.identity is IdentityMode.DIRECT else ""
         bucket = BucketPolicy(target, target.bucket)
         bindings.append((bucket, OBJECT_VIEWER, target.reader_member(number)))
-        if any(kind == "IamBinding" and OBJECT_USER in name for kind, name in work.owned):  # a transfer by pods
-            number = number or Projects(target).get().number
-            bindings.append((bucket, OBJECT_USER, writer_member(target, number)))
-    return bindings
+    known = {binding_name(store.name, role, member) for store, role, member in bindings}
+    return bindings + [each for each in _granted(work) if binding_name(each[0].name, *each[1:]) not in known]
+
+
+def _granted(work: _Teardown) -> list[tuple[PolicyStore, str, str]]:
+    """The bindings on buckets of which a record says that we made them: for generated manifests, for transfers by pods.
+
+    They name their bucket, which need not be the target's own.
+    """
+    granted: list[tuple[PolicyStore, str, str]] = []
+    for kind, name in sorted(work.owned):
+        if kind != "IamBinding" or not name.startswith("gs://"):
+            continue
+        uri, role, member = name.split(" ", 2)
+        store = BucketPolicy(work.target, uri.removeprefix("gs://"))
+        try:
+            store.read()
+        except BucketNotFound:
+            continue  # and its bindings with it
+        granted.append((store, role, member))
+    return granted
 
 
 def _remove_cluster(work: _Teardown, gke: Gke, cluster: ClusterInfo | None, shared_by: str) -> None:

@@ -126,14 +126,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_teardown_of_another_model_leaves_what_was_generated(case: str) -> None:
-    generated = generate(**CASES[case])
-    assert removable(generated.objects, "another-model") == ()
-    going = removable(generated.objects, generated.serving.name)
-    assert {each["kind"] for each in going} >= {"Deployment", "Service"}
-
-
-@pytest.mark.parametrize("case", CASES)
 def test_generated_manifests_equal_their_golden(case: str) -> None:
     golden = GOLDENS / f"{case}.yaml"
     text = generate(**CASES[case]).text()
@@ -582,6 +574,24 @@ def test_the_header_is_the_documented_one_in_comments_and_annotation() -> None:
     assert generated.text(Output.MANIFEST).startswith("# Generated on 2026-11-22 using:\n# GKE cluster 1.34.1")
     for each in generated.objects:
         assert each["metadata"]["annotations"][VERSION_ANNOTATION] == "\n".join(generated.header)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_teardown_takes_what_is_the_models_own_and_leaves_what_others_use(case: str) -> None:
+    generated = generate(**CASES[case])
+    instance, namespace = generated.serving.name, generated.request.namespace
+    other = generate(**(CASES["basic"] | {"namespace": namespace, "model": "openai/gpt-oss-20b"})).objects
+    account = generated.request.service_account
+    shared = [
+        each for each in generated.objects if (each["kind"], each["metadata"]["name"]) == ("ServiceAccount", account)
+    ]
+
+    beside = removable([*generated.objects, *other], instance, [(namespace, "vllm-gpt-oss-20b")])
+    alone = removable(generated.objects, instance)
+
+    assert [each for each in generated.objects if each not in shared] == list(beside)
+    assert list(alone) == list(generated.objects)
+    assert removable(generated.objects, "vllm-another", [(namespace, instance)]) == ()
 
 
 def test_tpus_have_no_gpu_driver_in_the_header() -> None:
