@@ -45,17 +45,7 @@ def rehearse(out: Path, engine: str, *, ui: bool) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone_in(out))
         target_file = out / "target.yaml"
-        cloud = stack.enter_context(
-            Child(
-                [
-                    *(sys.executable, "-m", "sandbox", "--engine", engine),
-                    *("--root", str(out / "cloud"), "--target", str(target_file)),
-                ],
-                log=out / "logs" / "cloud.log",
-            )
-        )
-        api_url = stack.enter_context(_prefect_server(out))
-        _require_ready(cloud)
+        api_url = stack.enter_context(stage(out, target_file, engine))
         _say(f"embedded cloud and Prefect server are up after {time.monotonic() - started:.1f} s")
         # In a process of their own, so that Prefect hands in its last logs and events while the server is still there.
         acts = subprocess.run(
@@ -66,11 +56,27 @@ def rehearse(out: Path, engine: str, *, ui: bool) -> int:
         )
         _say(f"{time.monotonic() - started:.1f} s in all")
         if ui:
-            _say(f"the Prefect UI is at {api_url.removesuffix('/api')} until Ctrl-C")
+            stack.enter_context(front_door(out, target_file))
+            _say(f"the Prefect UI is at {api_url.removesuffix('/api')} until Ctrl-C: Deployments has a form for you")
             with contextlib.suppress(KeyboardInterrupt):
                 while True:
                     time.sleep(3600)
     return acts.returncode
+
+
+@contextlib.contextmanager
+def stage(out: Path, target_file: Path, engine: str) -> Iterator[str]:
+    """Embedded cloud and Prefect server under `out`, and the cloud's target in `target_file`; the server's API."""
+    command = [sys.executable, "-m", "sandbox", "--engine", engine]
+    command += ["--root", str(out / "cloud"), "--target", str(target_file)]
+    with Child(command, log=out / "logs" / "cloud.log") as cloud, _prefect_server(out) as api_url:
+        _require_ready(cloud)
+        yield api_url
+
+
+def front_door(out: Path, target_file: Path) -> Child:
+    """Deployments for the embedded cloud, and a worker for them."""
+    return Child([sys.executable, "-m", "flows.rehearsal_door", str(target_file)], log=out / "logs" / "worker.log")
 
 
 @contextlib.contextmanager

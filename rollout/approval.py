@@ -57,7 +57,9 @@ def shown_digest(plan: RolloutPlan) -> str:
 
 
 def _objectives(objectives: Objectives) -> str:
-    limits = [f"{limit.metric.value} {limit.percentile.value} ≤ {limit.limit_s:g} s" for limit in objectives.latencies]
+    limits = [
+        f"{limit.metric.value.upper()} {limit.percentile.value} ≤ {limit.limit_s:g} s" for limit in objectives.latencies
+    ]
     others = objectives.model_dump(mode="json", exclude={"latencies"}, exclude_none=True)
     limits += [f"{field_title(name).lower()} {_text(value)}" for name, value in others.items() if value not in ([], {})]
     return "; ".join(limits) or "none"

@@ -15,7 +15,7 @@ def test_the_page_has_cost_transfer_changes_and_objectives() -> None:
     limit = LatencyLimit(metric=LatencyMetric.TTFT, percentile=Percentile.P90, limit_s=2)
     policy = plan.policy.model_copy(update={"objectives": Objectives(latencies=(limit,))})
     page = approval_markdown(plan.model_copy(update={"policy": policy, "transfer_bytes": 52_000_000_000}))
-    for part in ("**11.00 USD per hour**", "**52.00 GB**", "create Bucket `gs://my-bucket`", "ttft p90 ≤ 2 s"):
+    for part in ("**11.00 USD per hour**", "**52.00 GB**", "create Bucket `gs://my-bucket`", "TTFT p90 ≤ 2 s"):
         assert part in page
     assert "|" not in page, "the dialog is too narrow for tables"
 
