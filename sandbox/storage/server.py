@@ -127,8 +127,13 @@ class StorageServer(LoopbackServer):
                 log=self._log, plan=self.faults, link=self._egress, error_response=_injected_error
             )
         )
+        # No bucket has such a name: it would have to begin with a letter or a digit.
+        app.router.add_get("/_sandbox/stats", self._stats)
         app.router.add_route("*", "/{path:.*}", self._serve_request)
         return app
+
+    async def _stats(self, _: web.Request) -> web.Response:
+        return web.json_response({"faults": self.faults.injected})
 
     async def _serve_request(self, request: web.Request) -> web.StreamResponse:
         body = Body(request, self._ingress)

@@ -1,8 +1,9 @@
-"""Four GiB while 1 % of the data requests fail in each of twelve ways: exact result, bytes sent again.
+"""Four GiB while 1 % of the data requests fail in each of thirteen ways: exact result, bytes sent again.
 
     python tests/benchmarks/transfer_faults.py [--gib 4] [--percent 1]
 
-`sent again` is what the bucket received beyond the model's size; `read again` the same at the hub. Prints a table.
+Beside these, the hub's signed links expire every few seconds, and some of its answers redirect to another host. `sent
+again` is what the bucket received beyond the model's size; `read again` the same at the hub. Prints a table.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
-from transfer_harness import GIB, REPO, Servers, publish_model, run_arm, table, workspace
+from transfer_harness import CHECKOUT, GIB, READY_TIMEOUT_S, REPO, Servers, publish_model, run_arm, table, workspace
 
 from sandbox.hub_store import HubStore
+from sandbox.processes import Child
 
 HUB_FAULTS = (
     {"kind": "reply", "status": 503},
@@ -32,7 +36,10 @@ STORAGE_FAULTS = (
     {"kind": "reply", "status": 429, "retry_after_s": 1},
     {"kind": "drop", "during": "request", "at": 0.5},
     {"kind": "drop", "during": "response", "at": 0.0},
+    {"kind": "stall", "seconds": 60},
 )
+LINK_TTL_S = 5
+REDIRECTS = 5
 
 
 def main() -> None:
@@ -42,27 +49,45 @@ def main() -> None:
     options = parser.parse_args()
     with workspace() as root:
         publish_model(root / "hub", total_bytes=int(options.gib * GIB), shards=16)
-        hub = plan(HUB_FAULTS, "resolve/.*safetensors", "GET", options.percent)
-        storage = plan(STORAGE_FAULTS, "partNumber", "PUT", options.percent)
-        with Servers(root, hub=("--faults", hub), storage=("--faults", storage)) as servers:
-            run = run_arm("ours", servers, root, "--stall-timeout-s", "3", bucket="bench", keep=True)
-            exact = is_exact(servers, root)
-            injected = servers.faults()
+        with Child(
+            [sys.executable, "-m", "sandbox.hub", "--root", str(root / "hub")], log=root / "mirror.log", cwd=CHECKOUT
+        ) as mirror:
+            origin = mirror.ready_line(READY_TIMEOUT_S)["url"]
+            redirects = {"fault": {"kind": "redirect", "origin": origin}, "path": "/resolve/", "first": REDIRECTS}
+            # What the hub answers is a link to its CDN, so that is where most of the requests go.
+            hub = plan([redirects, *rules(HUB_FAULTS, "/repos/", "GET", options.percent)])
+            storage = plan(rules(STORAGE_FAULTS, "partNumber", "PUT", options.percent))
+            hub_options = ("--faults", hub, "--cdn-link-ttl-s", str(LINK_TTL_S))
+            with Servers(root, hub=hub_options, storage=("--faults", storage)) as servers:
+                run = run_arm("ours", servers, root, "--stall-timeout-s", "3", bucket="bench", keep=True)
+                exact = is_exact(servers, root)
+                at_hub, at_bucket = servers.stats("hub"), servers.stats("storage")
     total = run["total_bytes"]
+    expired = sum(record["status"] == 403 for record in at_hub["requests"])
     rows = [
         ("bit-exact", "yes" if exact else "NO"),
         ("seconds", f"{run['seconds']:.1f}"),
-        ("faults at the hub", ", ".join(f"{count} {kind}" for kind, count in sorted(injected.items()))),
+        ("faults at the hub", counted(at_hub["faults"])),
+        ("links that had expired", expired),
+        ("faults at the bucket", counted(at_bucket["faults"])),
         ("retries", run["retries"]),
         ("sent again", f"{run['bytes_sent'] / total - 1:.2%}"),
         ("read again", f"{run['bytes_received'] / total - 1:.2%}"),
     ]
-    print(table(("Figure", f"{options.gib:g} GiB, {options.percent:g} % of each of 12 faults"), rows))
+    ways = len(HUB_FAULTS) + len(STORAGE_FAULTS)
+    print(table(("Figure", f"{options.gib:g} GiB, {options.percent:g} % of each of {ways} faults"), rows))
 
 
-def plan(faults: tuple[dict[str, object], ...], path: str, method: str, percent: float) -> str:
-    rules = [{"fault": fault, "path": path, "method": method, "probability": percent / 100} for fault in faults]
-    return json.dumps({"seed": 1, "rules": rules})
+def counted(faults: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(faults.items()))
+
+
+def rules(faults: Sequence[dict[str, object]], path: str, method: str, percent: float) -> list[dict[str, object]]:
+    return [{"fault": fault, "path": path, "method": method, "probability": percent / 100} for fault in faults]
+
+
+def plan(all_rules: Sequence[dict[str, object]]) -> str:
+    return json.dumps({"seed": 1, "rules": list(all_rules)})
 
 
 def is_exact(servers: Servers, root: Path) -> bool:

@@ -74,10 +74,11 @@ class Servers:
         for child in self._children.values():
             child.stop()
 
-    def faults(self) -> dict[str, int]:
-        """How often each kind of fault was injected by the hub."""
-        with urllib.request.urlopen(f"{self.hub_url}/_sandbox/stats", timeout=60) as response:
-            return dict(json.load(response)["faults"])
+    def stats(self, server: str) -> dict[str, Any]:
+        """What `hub` or `storage` counted: `faults` by kind; the hub also its `requests`."""
+        url = {"hub": self.hub_url, "storage": self.storage_url}[server]
+        with urllib.request.urlopen(f"{url}/_sandbox/stats", timeout=60) as response:
+            return dict(json.load(response))
 
     def cpu_s(self) -> float:
         """What the servers themselves have used."""

@@ -569,6 +569,8 @@ def test_injected_faults_reach_uploads_and_downloads(tmp_path: Path) -> None:
         assert requests.get(url, timeout=60).content != b"data"
         assert bucket.blob("x").download_as_bytes() == b"data"
         assert server.faults.injected == {"reply": 1, "corrupt": 1}
+        told = requests.get(f"{server.url}/_sandbox/stats", timeout=60).json()
+        assert told == {"faults": {"reply": 1, "corrupt": 1}}
         assert [record.status for record in server.requests if record.path.startswith("/upload/")] == [503, 200]
 
 
