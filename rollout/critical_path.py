@@ -50,7 +50,7 @@ def timeline(steps: Sequence[StepReport]) -> str:
     width = max(len(step.name) for step in ran)
     lines = [
         f"{'*' if id(step) in critical else ' '} {step.name:<{width}}"
-        f" {bar((step.started_at - begin).total_seconds(), step.duration_s, total_s)} {step.duration_s:>8.1f} s"
+        f" {step.duration_s:>8.1f} s {bar((step.started_at - begin).total_seconds(), step.duration_s, total_s)}"
         for step in ran
     ]
     return "\n".join(["```text", *lines, "```"])

@@ -51,8 +51,8 @@ def test_nothing_ran_and_nothing_is_said() -> None:
 
 def test_the_timeline_marks_the_chain_and_leaves_skipped_steps_out() -> None:
     lines = timeline(STEPS).splitlines()
-    assert lines[3] == f"* weights  {'█' * 33}{'·' * 7}    499.9 s"
-    assert lines[2] == f"  cluster  {'█' * 20}{'·' * 20}    300.0 s"
-    assert lines[-2] == f"* wait     {'·' * 34}{'█' * 6}     96.7 s"
+    assert lines[3] == f"* weights     499.9 s {'█' * 33}{'·' * 7}"
+    assert lines[2] == f"  cluster     300.0 s {'█' * 20}{'·' * 20}"
+    assert lines[-2] == f"* wait         96.7 s {'·' * 34}{'█' * 6}"
     assert "benchmark" not in timeline(STEPS)
     assert timeline(()) == ""
