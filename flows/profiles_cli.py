@@ -17,7 +17,7 @@ from rollout.sources import Generator, SourceName
 
 if TYPE_CHECKING:
     from rollout.model_facts import ModelFacts
-    from rollout.optimize import GeneratedManifests, ManifestRequest
+    from rollout.optimize import GeneratedManifests, ManifestRequest, ValidatedWith
     from rollout.profiles import Profile, ProfileQuery, ProfileSource, Targets
     from rollout.target import Target
 
@@ -376,7 +376,13 @@ def create_manifests(
     ] = None,
     metrics_adapter: Annotated[str, typer.Option(help="stackdriver or prometheus.")] = "stackdriver",
     boot_disk_gib: Annotated[int | None, typer.Option(min=10, help="Cache weights on a larger boot disk.")] = None,
-    gke_version: Annotated[str | None, typer.Option(help="The cluster's version, to be checked.")] = None,
+    gke_version: Annotated[
+        str | None, typer.Option(help="The cluster's version, checked and named in the header; default: the target's.")
+    ] = None,
+    node_version: Annotated[str | None, typer.Option(help="The nodes' version, for the header; likewise.")] = None,
+    gpu_driver_version: Annotated[
+        str | None, typer.Option(help="E.g. 580.82.07, for the header: GKE does not tell the number.")
+    ] = None,
     project_number: Annotated[str | None, typer.Option(help="For the IAM command in the comments.")] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a model that is not in the table.")] = None,
     weights_gib: Annotated[float | None, typer.Option(help="Size of its weights in GiB.")] = None,
@@ -392,7 +398,7 @@ def create_manifests(
     """Deployment, Service, PodMonitoring; with a latency target an autoscaler, with a bucket the fastest loading."""
     from rollout.catalog import validated
     from rollout.clients.quickstart import curve_of, manifests_by_google
-    from rollout.optimize import LATEST_VERSION, ManifestRequest, Output, request_sizing
+    from rollout.optimize import LATEST_VERSION, ManifestRequest, Output, ValidatedWith, request_sizing
     from rollout.profiles import ProfileQuery
 
     where = _target(target)
@@ -429,6 +435,10 @@ def create_manifests(
         _refuse_what_google_would_ignore(context)
         text = manifests_by_google(request, where, model_server_version or "", wanted)
     else:
+        flags = ValidatedWith(
+            cluster_version=gke_version, node_version=node_version, gpu_driver_version=gpu_driver_version
+        )
+        request = _on_versions(request, flags, where, history)
         facts = _facts(model, config, weights_gib, where, from_hub=from_hub)
         curve = None
         if targets.given():
@@ -530,6 +540,21 @@ def _choice(kind: type[EnumT], name: str, flag: str) -> EnumT:
         return kind(name)
     except ValueError:
         raise BadInput(f"there is no {name!r}.", where=flag, resolution=f"Known are {', '.join(kind)}.") from None
+
+
+def _on_versions(
+    request: ManifestRequest, flags: ValidatedWith, target: Target | None, history: Path
+) -> ManifestRequest:
+    """With the versions that the header names: as stated, of the newest good record, of the target's cluster."""
+    from rollout.clients.quickstart import versions_of
+    from rollout.clients.records import read_folder
+    from rollout.ledger import validated_with
+    from rollout.optimize import ValidatedWith
+
+    now = versions_of(target, request.accelerator_type) if target else ValidatedWith()
+    served = (request.model, request.model_server_version, request.accelerator_type)
+    known = flags.or_else(validated_with(read_folder(history), *served)).or_else(now)
+    return request.model_copy(update={"validated": known, "gke_version": flags.cluster_version or now.cluster_version})
 
 
 def _stated_prices(given: Sequence[str] | None) -> dict[str, float]:

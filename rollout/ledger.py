@@ -14,8 +14,10 @@ from typing import Any
 from rollout.delivery import Outcome
 from rollout.diff import ObjectDiff
 from rollout.objects import INSTANCE_LABEL, MODEL_ANNOTATION, ROLLOUT_LABEL
+from rollout.optimize import ValidatedWith
 from rollout.plan import LiveVersion, RolloutPlan
 from rollout.policy import Teardown
+from rollout.profiles import image_version
 from rollout.record import RolloutReport, Verdict
 from rollout.report import Action, StepStatus
 from rollout.values import Value
@@ -103,6 +105,28 @@ def last_applied(records: Iterable[RolloutReport], instance: str) -> RolloutRepo
         if report.plan is not None and report.plan.serving.name == instance:
             found = report if applied(report) and not _ended_without_trace(report) else found
     return found
+
+
+def validated_with(
+    records: Iterable[RolloutReport], model: str, server_version: str, accelerator: str
+) -> ValidatedWith:
+    """The versions of cluster, nodes and driver on which the newest good run of the same model server started."""
+    wanted = (model, server_version.removeprefix("v"), accelerator)
+    for report in reversed(in_order(records)):
+        if report.verdict is Verdict.DONE and report.ran_on.cluster_version and _served(report) == wanted:
+            return report.ran_on
+    return ValidatedWith()
+
+
+def _served(report: RolloutReport) -> tuple[str, str, str] | None:
+    """Repository, version of the server, and accelerator."""
+    if report.plan is not None:
+        repo_id, serving = report.plan.model.repo_id, report.plan.serving
+    elif report.generated is not None:
+        repo_id, serving = report.generated.request.model, report.generated.serving
+    else:
+        return None
+    return repo_id, image_version(serving.image).removeprefix("v"), serving.accelerator.type
 
 
 def standing(records: Iterable[RolloutReport], instance: str) -> LiveVersion | None:

@@ -128,11 +128,17 @@ class Output(StrEnum):
 
 
 class ValidatedWith(Value):
-    """On what these manifests were seen to work; None where nobody has tried."""
+    """On what these manifests were seen to work, or are to run; None where nobody knows."""
 
     cluster_version: str | None = None
     node_version: str | None = None
     gpu_driver_version: str | None = None
+    """Its number, or `GKE's default`: GKE's API names the choice, not the number."""
+
+    def or_else(self, other: ValidatedWith) -> ValidatedWith:
+        """These versions, and those of `other` where they say nothing."""
+        stated = {name: value for name, value in self.model_dump().items() if value is not None}
+        return other.model_copy(update=stated)
 
 
 BucketUri = Annotated[str, StringConstraints(pattern=r"^gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/[^\s/]+)*/?$")]

@@ -166,6 +166,7 @@ def _gaps_of(prediction: Profile, gaps: Sequence[Gap]) -> list[dict[str, object]
             "predicted": predicted,
             "measured": measured,
             "difference": round(share, 4),
+            "workload": gap.workload,
             "measurement": _named(gap.measurement),
         }
         for gap in gaps

@@ -8,7 +8,7 @@ from pydantic import Field, StringConstraints
 
 from rollout.autoscaling import Adapter
 from rollout.cost import PricingModel
-from rollout.optimize import LATEST_VERSION, BucketUri, ManifestRequest, ServingStack
+from rollout.optimize import LATEST_VERSION, BucketUri, ManifestRequest, ServingStack, ValidatedWith
 from rollout.profiles import CHATBOT, ProfileQuery, Targets
 from rollout.recommend import Requirements
 from rollout.request import PresetName
@@ -172,7 +172,21 @@ class ManifestsRequest(Value):
         json_schema_extra={"position": 13},
     )
 
-    def manifests(self, target: Target, *, project_number: str = "", gke_version: str | None = None) -> ManifestRequest:
+    gpu_driver_version: str | None = Field(
+        None,
+        title="GPU driver",
+        description="E.g. 580.82.07, for the manifests' header: GKE does not tell its number. Empty: as GKE states it.",
+        json_schema_extra={"position": 15},
+    )
+
+    def manifests(
+        self,
+        target: Target,
+        *,
+        versions: ValidatedWith | None = None,
+        project_number: str = "",
+        gke_version: str | None = None,
+    ) -> ManifestRequest:
         """The generator's request. Raises pydantic's ValidationError for what the form cannot check."""
         return ManifestRequest(
             model=self.model,
@@ -192,4 +206,5 @@ class ManifestsRequest(Value):
             project=target.project,
             project_number=project_number or None,
             universe=target.universe,
+            validated=ValidatedWith(gpu_driver_version=self.gpu_driver_version).or_else(versions or ValidatedWith()),
         )

@@ -12,7 +12,7 @@ from rollout.benchmark import BenchmarkReport
 from rollout.delivery import DeliveryReport
 from rollout.errors import ExitCode
 from rollout.objectives import Verdict as ObjectivesVerdict
-from rollout.optimize import GeneratedManifests
+from rollout.optimize import GeneratedManifests, ValidatedWith
 from rollout.plan import RolloutPlan
 from rollout.report import SCHEMA_VERSION, Action, Change, StepReport
 from rollout.smoke import SmokeReport
@@ -90,6 +90,11 @@ class RolloutReport(Value):
         """Name of the Deployment that the run is about, where it came so far."""
         about = self.plan or self.generated
         return about.serving.name if about else None
+
+    @property
+    def ran_on(self) -> ValidatedWith:
+        """On which versions the server started, as far as the run came and GKE said."""
+        return ValidatedWith.model_validate((self.startup or {}).get("ran_on", {}))
 
     @property
     def created(self) -> frozenset[tuple[str, str]]:

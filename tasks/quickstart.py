@@ -7,7 +7,6 @@ from pydantic import ValidationError
 from rollout.catalog import explain
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.cluster_wait import WaitReport
-from rollout.clients.gke import Gke
 from rollout.clients.hub_facts import facts_from_hub
 from rollout.clients.projects import Projects
 from rollout.clients.quickstart import (
@@ -18,10 +17,12 @@ from rollout.clients.quickstart import (
     manifests_by_google,
     recommendation,
     sources_of,
+    versions_of,
 )
+from rollout.clients.records import RecordStore
 from rollout.diagnosis import StartupObservation
 from rollout.errors import BadInput
-from rollout.ledger import APPLY_STEP
+from rollout.ledger import APPLY_STEP, validated_with
 from rollout.model_facts import MODELS, ModelFacts
 from rollout.optimize import (
     LATEST_VERSION,
@@ -73,8 +74,15 @@ def model_facts(request: ManifestsRequest, target: Target) -> Outcome[ModelFacts
 @step("render manifests")
 def render_manifests(request: ManifestsRequest, target: Target, facts: ModelFacts) -> Outcome[GeneratedManifests]:
     """Optimised manifests, with what whoever applies them must know."""
+    now = versions_of(target, request.accelerator_type)
+    served = (request.model, request.model_server_version, request.accelerator_type)
     try:
-        wanted = request.manifests(target, project_number=_project_number(target), gke_version=_gke_version(target))
+        wanted = request.manifests(
+            target,
+            project_number=_project_number(target),
+            gke_version=now.cluster_version,
+            versions=validated_with(RecordStore(target).read_all(), *served).or_else(now),
+        )
     except ValidationError as error:
         raise BadInput(explain(error), where="manifests", resolution="Correct the field and run again.") from error
     profile: Profile | None = None
@@ -197,9 +205,3 @@ def _is_account(manifest: KubernetesObject, name: str) -> bool:
 
 def _project_number(target: Target) -> str:
     return "" if target.cluster.mode is ClusterMode.KUBECONFIG else Projects(target).get().number
-
-
-def _gke_version(target: Target) -> str | None:
-    """The cluster's, where there is one."""
-    cluster = None if target.cluster.mode is ClusterMode.KUBECONFIG else Gke(target).get()
-    return cluster.version if cluster else None

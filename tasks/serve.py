@@ -9,6 +9,7 @@ from prefect import get_run_logger
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.cluster_wait import FailedStart, LogLine, Progress, WaitReport
 from rollout.clients.first_token import with_first_token
+from rollout.clients.quickstart import versions_of
 from rollout.diagnosis import Category, StartupObservation, is_complaint
 from rollout.diff import diff_markdown
 from rollout.ledger import APPLY_STEP
@@ -72,6 +73,7 @@ def watch_start(
             raise
         with cluster.endpoint(serving.service_name) as base_url:
             report = with_first_token(available, base_url, serving.served_model_name)
+        report = report.model_copy(update={"ran_on": versions_of(target, serving.accelerator.type)})
         bar.update(100.0, "one token has come back")
     waterfalls = "\n\n".join(waterfall.markdown for waterfall in report.waterfalls)
     return Outcome(

@@ -28,6 +28,7 @@ from rollout.diagnosis import (
     restarts,
 )
 from rollout.errors import DeadlineExceeded, NotFound, PermissionMissing, RolloutError, StartupFailed, TransientError
+from rollout.optimize import ValidatedWith
 from rollout.rendering import KubernetesObject
 from rollout.values import Value
 from rollout.waterfall import TimedLine, Waterfall, read_waterfall, timed_line
@@ -80,6 +81,8 @@ class WaitReport(Value):
     """Faults that were seen on the way and went away."""
     first_token_s: float | None = None
     """How long the first request took; None as long as nobody has asked."""
+    ran_on: ValidatedWith = ValidatedWith()
+    """Versions of cluster, nodes and driver, where GKE says them."""
 
     def with_first_token(self, took_s: float) -> WaitReport:
         """The report with the last bar of each waterfall: ready is what has answered."""

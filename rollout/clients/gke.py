@@ -86,6 +86,9 @@ class NodePoolInfo(Value):
     boot_disk_gib: int = 0
     max_nodes: int = 0
     """Upper bound of its autoscaling; 0 without."""
+    version: str = ""
+    gpu_driver: str = ""
+    """Which driver GKE installs, `default` or `latest`; empty where it installs none."""
 
 
 class ClusterInfo(Value):
@@ -96,6 +99,8 @@ class ClusterInfo(Value):
     status: str
     is_autopilot: bool
     version: str
+    node_version: str = ""
+    """Of most nodes; each pool has its own."""
     release_channel: str
     workload_pool: str
     """Empty without Workload Identity."""
@@ -521,6 +526,7 @@ def _cluster_info(cluster: types.Cluster) -> ClusterInfo:
         status=cluster.status.name,
         is_autopilot=cluster.autopilot.enabled,
         version=cluster.current_master_version,
+        node_version=cluster.current_node_version,
         release_channel=cluster.release_channel.channel.name.lower(),
         workload_pool=cluster.workload_identity_config.workload_pool,
         node_auto_provisioning=cluster.autopilot.enabled or cluster.autoscaling.enable_node_autoprovisioning,
@@ -545,4 +551,14 @@ def _pool_info(pool: types.NodePool) -> NodePoolInfo:
         is_spot=pool.config.spot,
         boot_disk_gib=pool.config.disk_size_gb,
         max_nodes=pool.autoscaling.total_max_node_count or pool.autoscaling.max_node_count * len(pool.locations),
+        version=pool.version,
+        gpu_driver=_DRIVERS.get(accelerator.gpu_driver_installation_config.gpu_driver_version, "")
+        if accelerator
+        else "",
     )
+
+
+_DRIVERS = {
+    types.GPUDriverInstallationConfig.GPUDriverVersion.DEFAULT: "default",
+    types.GPUDriverInstallationConfig.GPUDriverVersion.LATEST: "latest",
+}

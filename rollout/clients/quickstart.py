@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rollout.clients.cluster import ClusterClient
+from rollout.clients.gke import Gke
 from rollout.clients.iam import BucketPolicy, ensure_binding
 from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
 from rollout.clients.recommender import Recommender
@@ -14,14 +15,22 @@ from rollout.cost import Price, PricingModel, find_price
 from rollout.errors import BadInput
 from rollout.model_facts import ModelFacts
 from rollout.objects import GSA_ANNOTATION
-from rollout.optimize import HF_SECRET, SHARED_LABELS, GeneratedManifests, ManifestRequest, Output, check_hub_secret
+from rollout.optimize import (
+    HF_SECRET,
+    SHARED_LABELS,
+    GeneratedManifests,
+    ManifestRequest,
+    Output,
+    ValidatedWith,
+    check_hub_secret,
+)
 from rollout.preflight import CheckState
 from rollout.profiles import Profile, ProfileQuery, ProfileSource, ask, best_curve, select, use_case_named
 from rollout.recommend import PriceOf, Recommendation, Requirements, recommend
 from rollout.rendering import read_manifests, render
 from rollout.report import Change
 from rollout.sources import SourceName
-from rollout.target import Target
+from rollout.target import ClusterMode, Target
 
 
 def sources_of(
@@ -98,6 +107,20 @@ def manifests_by_google(request: ManifestRequest, target: Target | None, version
     )
     documents, comments = found.documents_text(), found.comments_text()
     return {Output.MANIFEST: documents, Output.COMMENTS: comments, Output.ALL: documents + comments}[output]
+
+
+def versions_of(target: Target, accelerator: str) -> ValidatedWith:
+    """What the target's cluster runs, by GKE's word: nothing where there is none, or where a kubeconfig names it."""
+    cluster = None if target.cluster.mode is ClusterMode.KUBECONFIG else Gke(target).get()
+    if cluster is None:
+        return ValidatedWith()
+    pool = next((pool for pool in cluster.node_pools if pool.accelerator == accelerator), None)
+    driver = (pool.gpu_driver if pool else "") or ("default" if cluster.is_autopilot else "")
+    return ValidatedWith(
+        cluster_version=cluster.version,
+        node_version=(pool.version if pool else "") or cluster.node_version or None,
+        gpu_driver_version=f"GKE's {driver}" if driver else None,
+    )
 
 
 def ensure_grants(cluster: ClusterClient, generated: GeneratedManifests, target: Target) -> tuple[Change, ...]:

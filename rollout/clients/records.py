@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def read_local(path: Path) -> RolloutReport:
         ) from error
     except ValidationError as error:
         raise BadInput(f"not a record of a rollout: {explain(error)}", where=str(path)) from error
+
+
+def read_folder(folder: Path) -> Iterator[RolloutReport]:
+    """The records in a folder and in its folders, e.g. `out/report.json`; what is none is passed over."""
+    for path in sorted((*folder.glob("*.json"), *folder.glob("*/*.json"))):
+        with suppress(BadInput):
+            yield read_local(path)
 
 
 class RecordStore:

@@ -66,6 +66,7 @@ def test_a_standard_cluster_has_workload_identity_and_the_gpu_node_pool(
     assert not cluster.is_autopilot
     assert (pool.machine_type, pool.accelerator, pool.accelerator_count) == ("a3-highgpu-1g", "nvidia-h100-80gb", 1)
     assert (pool.is_spot, pool.boot_disk_gib, pool.status) == (True, 200, "RUNNING")
+    assert (pool.version, pool.gpu_driver) == (cluster.node_version, "default")
 
 
 def test_a_second_run_finds_our_cluster_unchanged(google_target: Target, google_apis: GoogleApisServer) -> None:

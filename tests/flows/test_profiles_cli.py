@@ -15,10 +15,13 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from rollout.benchmark import BenchmarkSpec, Environment, benchmark_report
+from rollout.catalog import load_target
+from rollout.clients.gke import Gke
 from rollout.clients.history import FolderHistory
 from rollout.errors import BadInput, RolloutError
 from rollout.history import CurveRecord, keep
 from rollout.workload import WORKLOADS
+from sandbox.google_apis import GoogleApisServer
 from sandbox.recommender import RecommenderServer
 from tests.rollout.curves import QueueServer
 
@@ -63,7 +66,14 @@ def kept_curve(folder: Path, workload: str, accelerator: str, count: int, *, cap
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Iterator[str]:
+def google(tmp_path: Path) -> Iterator[GoogleApisServer]:
+    """The project's control plane, without a cluster."""
+    with GoogleApisServer(root=tmp_path / "google", project="my-project", region="us-central1") as server:
+        yield server
+
+
+@pytest.fixture
+def target(tmp_path: Path, google: GoogleApisServer) -> Iterator[str]:
     with RecommenderServer() as server:
         path = tmp_path / "target.yaml"
         fields = {
@@ -73,7 +83,7 @@ def target(tmp_path: Path) -> Iterator[str]:
             "credentials": "anonymous",
             "bucket": "my-bucket",
             "namespace": "serving",
-            "endpoints": {"gkerecommender": server.url},
+            "endpoints": {"gkerecommender": server.url, "container": google.url},
         }
         path.write_text(yaml.safe_dump(fields))
         yield str(path)
@@ -306,6 +316,19 @@ def test_the_quickstarts_example_for_llm_d_works(profiles: Profiles) -> None:
 def test_google_is_not_asked_for_what_it_would_ignore(profiles: Profiles, target: str, flag: str) -> None:
     with pytest.raises(BadInput, match=f"takes no {flag.partition('=')[0]}"):
         profiles(*CREATE, "--generator=google", "--target", target, flag)
+
+
+def test_the_header_names_the_versions_of_the_targets_cluster_and_what_is_stated(
+    profiles: Profiles, target: str
+) -> None:
+    assert "# GKE cluster not validated\n" in profiles(*CREATE, "--target", target).output
+    found, _ = Gke(load_target(target)).ensure()
+
+    ours = profiles(*CREATE, "--target", target, "--gpu-driver-version=580.82.07").output
+    stated = profiles(*CREATE, "--target", target, "--gke-version=1.34.1-gke.1", "--node-version=1.33.4-gke.2").output
+
+    assert f"# GKE cluster {found.version}\n# 580.82.07 GPU driver for node version {found.node_version}\n" in ours
+    assert "# GKE cluster 1.34.1-gke.1\n# GKE's default GPU driver for node version 1.33.4-gke.2\n" in stated
 
 
 def test_google_generates_where_it_is_asked_to(profiles: Profiles, target: str) -> None:

@@ -160,6 +160,8 @@ def test_one_of_each_kind_becomes_available_and_goes_again(case: str, stage: Sta
     create_manifests(wanted, report_file=str(stage.report_file))
     record = read_local(stage.report_file)
     assert record.generated is not None
+    assert not any("not validated" in line for line in record.generated.header), "the cluster's versions are known"
+    assert record.ran_on.cluster_version
     live = {each["metadata"]["name"]: each for each in stage.live("Deployment")}
     planned = {each["metadata"]["name"] for each in record.generated.objects if each["kind"] == "Deployment"}
     assert live.keys() == planned

@@ -18,11 +18,14 @@ from rollout.ledger import (
     last_applied,
     serving_now,
     standing,
+    validated_with,
 )
 from rollout.model import ModelFile, PinnedModel
 from rollout.objects import MODEL_ANNOTATION
+from rollout.optimize import ValidatedWith
 from rollout.plan import LiveVersion, Observation, RolloutPlan, make_plan
 from rollout.policy import RolloutPolicy, Teardown
+from rollout.profiles import image_version
 from rollout.record import RolloutReport, TeardownReport, Verdict
 from rollout.report import Action, Change, StepReport, StepStatus
 from rollout.serving import ServingSpec
@@ -262,3 +265,21 @@ def test_a_policy_may_end_a_server_after_a_time(records: list[RolloutReport], go
 
 def test_a_dead_first_rollout_is_not_half_done() -> None:
     assert half_done([record(0, "a", Verdict.RUNNING)], [], LATER) == ()
+
+
+def test_versions_are_those_of_the_newest_good_run_of_the_same_server_on_the_same_accelerator() -> None:
+    def on(version: str) -> dict[str, Any]:
+        return {"ran_on": {"cluster_version": version}}
+
+    records = [
+        record(1, "a", startup=on("1.34")),
+        record(3, "b", startup=on("1.35")),
+        record(4, "c", startup={}),
+        record(5, "d", Verdict.FAILED, startup=on("1.36")),
+    ]
+    serving = records[0].plan.serving if records[0].plan else ServingSpec(served_model_name="gemma")
+    version = image_version(serving.image)
+
+    assert validated_with(records, "google/gemma", version, serving.accelerator.type).cluster_version == "1.35"
+    assert validated_with(records, "google/gemma", "v0.1.0", serving.accelerator.type) == ValidatedWith()
+    assert validated_with(records, "google/gemma", version, "nvidia-l4") == ValidatedWith()

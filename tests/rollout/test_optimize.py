@@ -42,6 +42,7 @@ from rollout.optimize import (
     ServingStack,
     StorageBackend,
     ValidatedWith,
+    apply_stages,
     check_gke_version,
     check_hub_secret,
     deployment_name,
@@ -288,6 +289,8 @@ def test_tpus_share_a_cache_that_one_replica_writes_first() -> None:
     assert generated.grants[0].role == "roles/storage.objectUser"
     assert scale_steps(generated, 4) == (1, 4)
     assert scale_steps(generated, 1) == (1,)
+    assert scale_steps(generated, 4, ready=2) == (2, 4)
+    assert scale_steps(generated, 4, ready=6) == (4,)
     assert scale_steps(generate(**CASES["streamer"]), 4) == (4,)
     assert "remove VLLM_XLA_CACHE_PATH" in generated.text(Output.COMMENTS)
     assert container_of(generated)["resources"]["limits"]["google.com/tpu"] == "1"
@@ -592,6 +595,26 @@ def test_a_teardown_takes_what_is_the_models_own_and_leaves_what_others_use(case
     assert [each for each in generated.objects if each not in shared] == list(beside)
     assert list(alone) == list(generated.objects)
     assert removable(generated.objects, "vllm-another", [(namespace, instance)]) == ()
+
+
+def test_an_autoscaler_comes_once_one_tpu_has_written_the_cache() -> None:
+    generated = generate(**CASES["tpu"], targets=Targets(ttft_ms=80))
+
+    alone, all_of_it = apply_stages(generated, 1)
+
+    assert all_of_it == generated.objects
+    assert [each for each in all_of_it if each not in alone] == [all_of_it[-1]]
+    assert all_of_it[-1]["kind"] == "HorizontalPodAutoscaler"
+    assert apply_stages(generated, 1, ready=1) == (generated.objects,)
+    assert apply_stages(generate(**CASES["autoscaling-ntpot"]), 1) == (generate(**CASES["autoscaling-ntpot"]).objects,)
+
+
+def test_what_is_stated_comes_before_what_was_seen_before_what_runs_now() -> None:
+    stated = ValidatedWith(gpu_driver_version="580.82.07")
+    now = ValidatedWith(cluster_version="1.35", node_version="1.34", gpu_driver_version="GKE's default")
+
+    assert stated.or_else(ValidatedWith()).or_else(now) == now.model_copy(update={"gpu_driver_version": "580.82.07"})
+    assert "not validated" not in "\n".join(generate(**CASES["basic"], validated=now).header)
 
 
 def test_tpus_have_no_gpu_driver_in_the_header() -> None:
