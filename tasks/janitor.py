@@ -44,6 +44,8 @@ FLOWS = (
     "verify-model",
     "watch-releases",
     "janitor",
+    "recommend-model",
+    "create-manifests",
 )
 """All of ours that a deployment runs."""
 HEARTBEAT = "prefect.flow-run.heartbeat"
