@@ -17,7 +17,7 @@ def checks_of(stage: Stage) -> dict[str, Check]:
     spec = resolve(stage.request())
     model = HubClient(spec.target.hub_endpoint, None).pin(spec.model)
     objects = planned_objects(model, spec.serving, spec.target, spec.policy.delivery, rollout_id="r1")
-    observed = observe(model, spec.serving, spec.target, objects, hub_token=None)
+    observed = observe(model, spec.serving, spec.target, objects, policy=spec.policy, hub_token=None)
     return {check.name: check for check in observed.checks}
 
 

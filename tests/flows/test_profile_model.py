@@ -87,7 +87,7 @@ def test_a_profile_becomes_an_autoscaler_that_brings_the_replicas_and_a_later_ro
 def test_what_serves_is_not_taken_down_for_a_profile(kind: str, stage: Stage) -> None:
     rollout_model(request(stage, 1, benchmark=None, delivery={"kind": kind}))
     before = stage.live("Deployment")
-    with pytest.raises(BadInput, match="serves there"):
+    with pytest.raises(BadInput, match="would put itself in its place"):
         profile_model(request(stage, 1, teardown="always"))
     assert stage.live("Deployment") == before
 
