@@ -49,14 +49,14 @@ def rehearse(out: Path, engine: str, *, ui: bool) -> int:
         _say(f"embedded cloud and Prefect server are up after {time.monotonic() - started:.1f} s")
         # In a process of their own, so that Prefect hands in its last logs and events while the server is still there.
         acts = subprocess.run(
-            [sys.executable, "-m", "flows.rehearsal_acts", str(out), str(target_file)],
+            [sys.executable, "-m", "flows.rehearsal_acts", str(out), str(target_file), engine],
             # SIGKILL: Prefect answers SIGTERM by asking its server, which is gone by then, for minutes.
             preexec_fn=functools.partial(die_with_parent, signal.SIGKILL),
             check=False,
         )
         _say(f"{time.monotonic() - started:.1f} s in all")
         if ui:
-            stack.enter_context(front_door(out, target_file))
+            stack.enter_context(front_door(out, target_file, engine))
             _say(f"the Prefect UI is at {api_url.removesuffix('/api')} until Ctrl-C: Deployments has a form for you")
             with contextlib.suppress(KeyboardInterrupt):
                 while True:
@@ -74,9 +74,10 @@ def stage(out: Path, target_file: Path, engine: str) -> Iterator[str]:
         yield api_url
 
 
-def front_door(out: Path, target_file: Path) -> Child:
+def front_door(out: Path, target_file: Path, engine: str) -> Child:
     """Deployments for the embedded cloud, and a worker for them."""
-    return Child([sys.executable, "-m", "flows.rehearsal_door", str(target_file)], log=out / "logs" / "worker.log")
+    command = [sys.executable, "-m", "flows.rehearsal_door", str(target_file), engine]
+    return Child(command, log=out / "logs" / "worker.log")
 
 
 @contextlib.contextmanager

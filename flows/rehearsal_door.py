@@ -15,7 +15,7 @@ from prefect.deployments.runner import EntrypointType, RunnerDeployment
 
 from flows.bootstrap import LAPTOP_POOL, bootstrap
 from flows.plan_model import plan_model
-from flows.rehearsal_acts import MODEL, POLICY
+from flows.rehearsal_acts import MODEL, POLICIES
 from flows.rollout_model import rollout_model
 from flows.teardown_model import teardown_model
 from rollout.catalog import load_target
@@ -23,11 +23,11 @@ from rollout.request import RolloutRequest
 from rollout.target import Approval
 
 
-def deploy(target_file: str) -> None:
+def deploy(target_file: str, engine: str) -> None:
     """Pool, limits, and a deployment each of plan, rollout and teardown, as prefect.yaml has them for real targets."""
     target = load_target(target_file)
     bootstrap([target], pool=LAPTOP_POOL)
-    policy = POLICY.model_copy(update={"approval": Approval.ON_CHANGE})
+    policy = POLICIES[engine].model_copy(update={"approval": Approval.ON_CHANGE})
     request = RolloutRequest(model=MODEL, target=target_file, policy=policy).model_dump(mode="json")
     removal = {"target": target_file, "model": MODEL}
     forms: tuple[tuple[Flow[..., Any], str, str, dict[str, Any]], ...] = (
@@ -54,6 +54,6 @@ def deploy(target_file: str) -> None:
 
 
 if __name__ == "__main__":
-    deploy(sys.argv[1])
+    deploy(sys.argv[1], sys.argv[2])
     prefect = str(Path(sys.executable).with_name("prefect"))
     os.execv(prefect, [prefect, "worker", "start", "--pool", LAPTOP_POOL])

@@ -229,7 +229,7 @@ def main() -> None:
         page = stack.enter_context(browser(options.out))
         api = stack.enter_context(stage(root, target_file, "simulated"))
         stack.enter_context(temporary_settings({PREFECT_API_URL: api}))  # Prefect has read its environment already
-        stack.enter_context(front_door(root, target_file))
+        stack.enter_context(front_door(root, target_file, "simulated"))
         tour(page, api.removesuffix("/api"), deployments_of(api))
 
 
