@@ -151,7 +151,7 @@ def apply(
     conflicts = {each: owned.paths & difference.written for each, owned in others.items()}
     conflicts = {each: paths for each, paths in conflicts.items() if paths}
     if conflicts and not force:
-        raise _conflict_error(conflicts, others)
+        raise _conflict_error(conflicts)
     result = {
         each: replace(owned, paths=owned.paths - difference.written - difference.removed)
         for each, owned in others.items()
@@ -215,10 +215,10 @@ def _without(value: Any, given_up: Paths, kept: Paths, node: Node, here: fields.
     return {element[2:]: each for element, each in remaining if element not in emptied}
 
 
-def _conflict_error(conflicts: dict[Manager, Paths], owners: Managers) -> Exception:
+def _conflict_error(conflicts: dict[Manager, Paths]) -> Exception:
     causes, by_manager = [], {}
     for manager, paths in sorted(conflicts.items(), key=lambda pair: pair[0].name):
-        who = _shown_manager(manager, owners[manager].time)
+        who = _shown_manager(manager)
         by_manager[who] = [fields.shown(path) for path in sorted(paths)]
         causes += [Cause("FieldManagerConflict", f"conflict with {who}", path) for path in by_manager[who]]
     if len(causes) == 1:
@@ -231,8 +231,8 @@ def _conflict_error(conflicts: dict[Manager, Paths], owners: Managers) -> Except
     return apply_conflict(f"Apply failed with {len(causes)} conflicts: " + "\n".join(lines), causes)
 
 
-def _shown_manager(manager: Manager, time: str) -> str:
+def _shown_manager(manager: Manager) -> str:
     who = f'"{manager.name}"'
     if manager.subresource:
         who += f' with subresource "{manager.subresource}"'
-    return who if manager.operation == "Apply" else f"{who} using {manager.api_version} at {time}"
+    return who if manager.operation == "Apply" else f"{who} using {manager.api_version}"

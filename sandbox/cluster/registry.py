@@ -169,13 +169,17 @@ class Registry:
         return default if how.grace_s is None else how.grace_s
 
     def _check_preconditions(self, resource: Resource, metadata: dict[str, Any], how: Deletion) -> None:
-        for name, wanted, found in (
-            ("UID", how.uid, metadata["uid"]),
-            ("ResourceVersion", how.resource_version, metadata["resourceVersion"]),
+        for name, wanted, found, meanwhile in (
+            ("UID", how.uid, metadata["uid"], "deleted and then recreated"),
+            ("ResourceVersion", how.resource_version, metadata["resourceVersion"], "modified"),
         ):
             if wanted is not None and wanted != found:
-                why = f"Precondition failed: {name} in precondition: {wanted}, {name} in object meta: {found}"
-                raise errors.conflict(resource.group, resource.plural, metadata["name"], why)
+                why = (
+                    f"the {name} in the precondition ({wanted}) does not match the {name} in record ({found}). "
+                    f"The object might have been {meanwhile}"
+                )
+                # By its kind: the one place where Kubernetes does so (apiserver/pkg/registry/rest/delete.go).
+                raise errors.conflict(resource.group, resource.kind, metadata["name"], why)
 
     def _create_applied(
         self,

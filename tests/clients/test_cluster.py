@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -26,9 +24,6 @@ from typing import Any
 
 import pytest
 import requests
-import yaml
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 from kubernetes.client import ApiClient, Configuration
 
 from rollout.clients.cluster import ClusterClient, NodeRoom
@@ -55,6 +50,8 @@ from rollout.target import Cluster, ClusterMode, Target
 from rollout.waterfall import Stage
 from sandbox.cluster import KubernetesServer, NodeSettings
 from sandbox.cluster.nodes import Machine
+from tests.engines import free_port
+from tests.real_kubernetes import control_plane, has_controllers
 
 POD_PROGRAM = Path(__file__).with_name("pod_program.py")
 PROGRAM = (sys.executable, str(POD_PROGRAM))
@@ -75,7 +72,8 @@ class Environment:
 
     kubeconfig: str
     server: KubernetesServer | None
-    has_controllers: bool
+    has_controllers: bool = True
+    has_nodes: bool = True
 
     def client(self, namespace: str | None = None) -> ClusterClient:
         cluster = Cluster(mode=ClusterMode.KUBECONFIG, kubeconfig=self.kubeconfig)
@@ -98,88 +96,20 @@ def start_sandbox(root: Path, **settings: Any) -> KubernetesServer:
     return KubernetesServer(root, runners={"test/": PROGRAM}, **{**defaults, **settings}).start()
 
 
-@contextlib.contextmanager
-def api_server(assets: Path, root: Path) -> Iterator[Path]:
-    """A real etcd and kube-apiserver from envtest's binaries, without controllers; yields a kubeconfig."""
-    etcd_port, peer_port, port = free_port(), free_port(), free_port()
-    etcd_url, url = f"http://127.0.0.1:{etcd_port}", f"https://127.0.0.1:{port}"
-    (root / "tokens.csv").write_text("secret,admin,admin,system:masters\n", encoding="ascii")
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption())
-    (root / "accounts.key").write_bytes(key.private_bytes(*pem))
-    etcd = [
-        str(assets / "etcd"),
-        f"--data-dir={root / 'etcd'}",
-        f"--listen-client-urls={etcd_url}",
-        f"--advertise-client-urls={etcd_url}",
-        f"--listen-peer-urls=http://127.0.0.1:{peer_port}",
-        "--unsafe-no-fsync",
-    ]
-    api = [
-        str(assets / "kube-apiserver"),
-        f"--etcd-servers={etcd_url}",
-        "--bind-address=127.0.0.1",
-        f"--secure-port={port}",
-        f"--cert-dir={root / 'certs'}",
-        "--service-cluster-ip-range=10.0.0.0/24",
-        "--authorization-mode=RBAC",
-        f"--token-auth-file={root / 'tokens.csv'}",
-        "--service-account-issuer=https://kubernetes.default.svc",
-        f"--service-account-key-file={root / 'accounts.key'}",
-        f"--service-account-signing-key-file={root / 'accounts.key'}",
-        # Nobody makes the default service account that this plugin waits for.
-        "--disable-admission-plugins=ServiceAccount",
-    ]
-    with contextlib.ExitStack() as processes:
-        for command in (etcd, api):
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            processes.callback(process.wait)
-            processes.callback(process.terminate)
-        await_healthy(f"{url}/readyz")
-        cluster = {"server": url, "insecure-skip-tls-verify": True}
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "envtest", "cluster": cluster}],
-            "users": [{"name": "envtest", "user": {"token": "secret"}}],
-            "contexts": [{"name": "envtest", "context": {"cluster": "envtest", "user": "envtest"}}],
-            "current-context": "envtest",
-        }
-        (root / "kubeconfig").write_text(yaml.safe_dump(config), encoding="utf-8")
-        yield root / "kubeconfig"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def await_healthy(url: str) -> None:
-    gives_up = time.monotonic() + DEADLINE_S
-    while time.monotonic() < gives_up:
-        with contextlib.suppress(requests.RequestException):
-            headers = {"Authorization": "Bearer secret"}
-            if requests.get(url, headers=headers, verify=False, timeout=5).ok:
-                return
-        time.sleep(0.2)
-    raise TimeoutError(url)
-
-
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     """One API server for all tests that do not break it; each has a namespace of its own."""
     if os.environ.get("KUBECONFIG"):
-        yield Environment(os.environ["KUBECONFIG"], None, has_controllers=True)
+        yield Environment(os.environ["KUBECONFIG"], None)
         return
     if os.environ.get("KUBEBUILDER_ASSETS"):
-        with api_server(Path(os.environ["KUBEBUILDER_ASSETS"]), tmp_path_factory.mktemp("envtest")) as kubeconfig:
-            yield Environment(str(kubeconfig), None, has_controllers=False)
+        assets = Path(os.environ["KUBEBUILDER_ASSETS"])
+        with control_plane(assets, tmp_path_factory.mktemp("envtest")) as kubeconfig:
+            yield Environment(str(kubeconfig), None, has_controllers=has_controllers(assets), has_nodes=False)
         return
     root = tmp_path_factory.mktemp("cluster")
     with start_sandbox(root, tls=True, token="secret") as server:
-        yield Environment(str(server.kubeconfig(root / "kubeconfig")), server, has_controllers=True)
+        yield Environment(str(server.kubeconfig(root / "kubeconfig")), server)
 
 
 @pytest.fixture
@@ -202,7 +132,7 @@ def controlled(environment: Environment, client: ClusterClient) -> ClusterClient
 @pytest.fixture
 def running(environment: Environment, client: ClusterClient) -> ClusterClient:
     """A client of a cluster that runs our test program."""
-    if environment.server is None and not environment.has_controllers:
+    if not environment.has_nodes:
         pytest.skip("needs nodes")
     return client
 
@@ -216,7 +146,7 @@ def server(tmp_path: Path) -> Iterator[KubernetesServer]:
 
 @pytest.fixture
 def breakable(server: KubernetesServer, tmp_path: Path) -> ClusterClient:
-    return Environment(str(server.kubeconfig(tmp_path / "kubeconfig")), server, has_controllers=True).client()
+    return Environment(str(server.kubeconfig(tmp_path / "kubeconfig")), server).client()
 
 
 # --- Objects ----------------------------------------------------------------------------------------------------------
@@ -403,7 +333,7 @@ def test_free_gpus_are_counted_where_pods_may_go(tmp_path: Path) -> None:
     by_class = {"cloud.google.com/compute-class": "edge"}
     by_label = {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     with start_sandbox(tmp_path) as server:
-        environment = Environment(str(server.kubeconfig(tmp_path / "kubeconfig")), server, has_controllers=True)
+        environment = Environment(str(server.kubeconfig(tmp_path / "kubeconfig")), server)
         client = environment.client()
         server.add_node(machine, "edge")
         assert client.gpu_room(by_class, 3) == NodeRoom(nodes=1, idle_gpus=6)
@@ -673,10 +603,10 @@ def test_an_image_that_does_not_exist_ends_the_wait(running: ClusterClient) -> N
         running.wait_available("web", deadline_s=DEADLINE_S)
 
 
-def test_a_pod_without_a_gpu_ends_the_wait_when_its_patience_is_over(controlled: ClusterClient) -> None:
-    start(controlled, "serve", resources={"limits": {"nvidia.com/gpu": "64"}})
+def test_a_pod_without_a_gpu_ends_the_wait_when_its_patience_is_over(running: ClusterClient) -> None:
+    start(running, "serve", resources={"limits": {"nvidia.com/gpu": "64"}})
     with pytest.raises(ServerDoesNotStart, match="GPU"):
-        controlled.wait_available("web", deadline_s=DEADLINE_S, patience_factor=0.0)
+        running.wait_available("web", deadline_s=DEADLINE_S, patience_factor=0.0)
 
 
 def test_a_compute_class_that_does_not_exist_is_named(running: ClusterClient) -> None:
@@ -863,7 +793,7 @@ def test_an_endpoint_needs_its_service(client: ClusterClient) -> None:
 
 def test_a_kubeconfig_that_is_not_there_is_explained(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"target\.cluster\.kubeconfig"):
-        Environment(str(tmp_path / "none"), None, has_controllers=False).client()
+        Environment(str(tmp_path / "none"), None).client()
 
 
 def test_a_context_that_is_not_there_is_explained(environment: Environment) -> None:

@@ -1,7 +1,7 @@
 """A cluster for tests: ours, or a real API server where one is configured.
 
-`KUBECONFIG` names a running cluster. `KUBEBUILDER_ASSETS` names a folder with `etcd` and `kube-apiserver`, which are
-started for the tests (the convention of envtest). Without either, `sandbox.cluster` serves.
+`KUBECONFIG` names a running cluster. `KUBEBUILDER_ASSETS` names a folder with the programs of a control plane, which
+are started for the tests (see `tests.real_kubernetes`). Without either, `sandbox.cluster` serves.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import ssl
-import subprocess
 import sys
 import time
 import urllib.request
@@ -26,6 +24,7 @@ from kubernetes import client, config
 from kubernetes.client import ApiException
 
 from sandbox.cluster import KubernetesServer, NodeSettings
+from tests.real_kubernetes import control_plane, has_controllers
 
 REAL = "KUBECONFIG" in os.environ or "KUBEBUILDER_ASSETS" in os.environ
 DEADLINE_S = 60.0
@@ -117,8 +116,9 @@ class Connection:
             self.core.delete_namespace(name)
 
     def _has_account(self, namespace: str) -> bool:
-        if "KUBEBUILDER_ASSETS" in os.environ:
-            return True  # an API server without controllers makes none
+        assets = os.environ.get("KUBEBUILDER_ASSETS")
+        if assets and not has_controllers(Path(assets)):
+            return True  # nobody makes one
         accounts = self.core.list_namespaced_service_account(namespace).items
         return any(each.metadata.name == "default" for each in accounts)
 
@@ -148,7 +148,7 @@ def api_server(root: Path) -> Iterator[Connection]:
     if "KUBECONFIG" in os.environ:
         yield Connection(Path(os.environ["KUBECONFIG"].split(os.pathsep)[0]))
     elif "KUBEBUILDER_ASSETS" in os.environ:
-        with _envtest(Path(os.environ["KUBEBUILDER_ASSETS"]), root) as kubeconfig:
+        with control_plane(Path(os.environ["KUBEBUILDER_ASSETS"]), root) as kubeconfig:
             yield Connection(kubeconfig)
     else:
         with KubernetesServer(root, tls=True, nodes=NodeSettings(auto_creation=False)) as server:
@@ -179,71 +179,3 @@ def deployment(name: str = "web", image: str = "web:1", **container: Any) -> dic
             "template": {"metadata": {"labels": labels}, "spec": {"containers": [main]}},
         },
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def _envtest(assets: Path, root: Path) -> Iterator[Path]:
-    """A real etcd and API server, without controllers."""
-    client_port, peer_port, secure_port = _free_port(), _free_port(), _free_port()
-    client_url, peer_url = f"http://127.0.0.1:{client_port}", f"http://127.0.0.1:{peer_port}"
-    key, tokens = root / "sa.key", root / "tokens.csv"
-    subprocess.run(["openssl", "genrsa", "-out", str(key), "2048"], check=True, capture_output=True)
-    tokens.write_text("envtest,admin,admin,system:masters\n", encoding="ascii")
-    etcd = [
-        str(assets / "etcd"),
-        f"--data-dir={root / 'etcd'}",
-        f"--listen-client-urls={client_url}",
-        f"--advertise-client-urls={client_url}",
-        f"--listen-peer-urls={peer_url}",
-        f"--initial-advertise-peer-urls={peer_url}",
-        f"--initial-cluster=default={peer_url}",
-        "--unsafe-no-fsync",
-    ]
-    server = [
-        str(assets / "kube-apiserver"),
-        f"--etcd-servers={client_url}",
-        f"--cert-dir={root / 'certs'}",
-        "--bind-address=127.0.0.1",
-        f"--secure-port={secure_port}",
-        f"--token-auth-file={tokens}",
-        "--authorization-mode=RBAC",
-        "--disable-admission-plugins=ServiceAccount",
-        "--service-account-issuer=https://localhost",
-        f"--service-account-key-file={key}",
-        f"--service-account-signing-key-file={key}",
-        "--service-cluster-ip-range=10.0.0.0/24",
-    ]
-    kubeconfig = root / "kubeconfig"
-    cluster = {"server": f"https://127.0.0.1:{secure_port}", "certificate-authority": str(root / "certs/apiserver.crt")}
-    document = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "envtest", "cluster": cluster}],
-        "users": [{"name": "envtest", "user": {"token": "envtest"}}],
-        "contexts": [{"name": "envtest", "context": {"cluster": "envtest", "user": "envtest"}}],
-        "current-context": "envtest",
-    }
-    kubeconfig.write_text(yaml.safe_dump(document), encoding="utf-8")
-    with (root / "envtest.log").open("wb") as log:
-        processes = [subprocess.Popen(command, stdout=log, stderr=log) for command in (etcd, server)]
-        try:
-            eventually(lambda: _is_ready(kubeconfig), "kube-apiserver ready", deadline_s=120.0)
-            yield kubeconfig
-        finally:
-            for process in reversed(processes):
-                process.terminate()
-                process.wait()
-
-
-def _is_ready(kubeconfig: Path) -> bool:
-    try:
-        return Connection(kubeconfig).request("GET", "/readyz").status == 200
-    except (OSError, config.ConfigException):
-        return False

@@ -528,7 +528,9 @@ def test_a_deletion_in_the_foreground_waits_for_the_finalizer(api: Connection, n
 
 def test_a_deletion_of_another_object_is_refused(api: Connection, namespace: str) -> None:
     api.core.create_namespaced_config_map(namespace, {"metadata": {"name": "m"}})
-    with pytest.raises(ApiException, match="Precondition failed: UID in precondition: other") as refused:
+    with pytest.raises(
+        ApiException, match=r"the UID in the precondition \(other\) does not match the UID in record"
+    ) as refused:
         api.core.delete_namespaced_config_map("m", namespace, body={"preconditions": {"uid": "other"}})
     assert refused.value.status == 409
 

@@ -145,15 +145,14 @@ def test_a_default_comes_back_when_its_owner_drops_the_field(web: Applier) -> No
     assert web.apply(deployment()).spec.progress_deadline_seconds == 600
 
 
-def test_replicas_that_somebody_else_scaled_are_a_conflict_that_says_when(
+def test_replicas_that_somebody_else_scaled_are_a_conflict_that_names_them(
     api: Connection, namespace: str, web: Applier
 ) -> None:
     web.apply(deployment())
     api.apps.patch_namespaced_deployment("web", namespace, {"spec": {"replicas": 2}}, field_manager="scaler")
     path = f"/apis/apps/v1/namespaces/{namespace}/deployments/web?fieldManager=m1"
     message = api.request("PATCH", path, deployment(), APPLY).body["message"]
-    assert message.startswith('Apply failed with 1 conflict: conflict with "scaler" using apps/v1 at 20')
-    assert message.endswith(": .spec.replicas")
+    assert message == 'Apply failed with 1 conflict: conflict with "scaler" using apps/v1: .spec.replicas'
 
 
 def test_an_apply_needs_a_field_manager(api: Connection, namespace: str) -> None:
