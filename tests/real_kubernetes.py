@@ -2,7 +2,7 @@
 
 `etcd` and `kube-apiserver` are needed. Where the folder also holds `kube-controller-manager` and `kube-scheduler` (a
 Kubernetes release has them; envtest's archive does not), they run too, so that Deployments make pods and namespaces
-end. There are no nodes.
+end. Nodes are `tests.real_nodes`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def control_plane(assets: Path, root: Path) -> Iterator[Path]:
         f"--token-auth-file={tokens}",
         "--authorization-mode=RBAC",
         # Without controllers nobody makes the default account that this plugin waits for.
-        "--disable-admission-plugins=ServiceAccount",
+        *([] if has_controllers(assets) else ["--disable-admission-plugins=ServiceAccount"]),
         "--service-account-issuer=https://localhost",
         f"--service-account-key-file={key}",
         f"--service-account-signing-key-file={key}",
@@ -70,6 +70,7 @@ def control_plane(assets: Path, root: Path) -> Iterator[Path]:
         f"--service-account-private-key-file={key}",
         "--leader-elect=false",
         "--secure-port=0",
+        "--node-monitor-grace-period=1h",  # the tests' node renews no lease
     ]
     scheduler = [
         str(assets / "kube-scheduler"),

@@ -67,8 +67,8 @@ REVIEWS_AT_ONCE = 8
 _REFUSALS = (ManifestRejected, FieldConflict, NotFound, QuotaExceeded, PermissionMissing)
 """What the API server may answer to an object; a preview collects them, to show all at once."""
 
-_SYSTEM_MADE = frozenset({"default", "kube-root-ca.crt"})
-"""Objects that Kubernetes itself puts into every namespace."""
+_SYSTEM_MADE = frozenset({"default", "kube-root-ca.crt", "openshift-service-ca.crt", "istio-ca-root-cert"})
+"""Objects that Kubernetes itself, OpenShift and Istio put into every namespace."""
 
 
 _SYSTEM_NAMESPACES = ("kube-", "gke-", "gmp-", "custom-metrics")

@@ -553,8 +553,8 @@ class Api:
             raise errors.method_not_allowed()
         pod = self._registry.get(POD, at.namespace, at.name)
         if at.subresource == "log":
-            return await follow_log(request, self._pods, pod)
-        return await forward_ports(request, self._pods, pod)
+            return await follow_log(request, self._pods, pod, request.query.get("container", ""))
+        return await forward_ports(request, self._pods, pod, request.query.getall("ports", []))
 
     def _proxy_target(self, at: Address) -> tuple[dict[str, Any], int, str]:
         """`[scheme:]name[:port]` of a pod, or of a service with a ready pod behind it."""

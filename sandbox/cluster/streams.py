@@ -42,12 +42,14 @@ class _LogOptions:
     limit_bytes: int | None
 
 
-async def follow_log(request: web.Request, pods: PodConnections, pod: dict[str, Any]) -> web.StreamResponse:
-    """GET pods/NAME/log, with all of its options."""
+async def follow_log(
+    request: web.Request, pods: PodConnections, pod: dict[str, Any], wanted: str
+) -> web.StreamResponse:
+    """The log of the container `wanted`, with all options of GET pods/NAME/log in the query."""
     if not pod["spec"].get("nodeName"):
         return web.Response(status=204)
     query = request.query
-    container = _container_of(pod, query.get("container", ""))
+    container = _container_of(pod, wanted)
     previous = query.get("previous") in ("1", "true")
     log = pods.log(pod, container, previous=previous)
     if log is None:
@@ -123,11 +125,13 @@ async def _write_log(response: web.StreamResponse, log: ContainerLog, options: _
         lines, position = log.lines_from(position), log.end()
 
 
-async def forward_ports(request: web.Request, pods: PodConnections, pod: dict[str, Any]) -> web.StreamResponse:
+async def forward_ports(
+    request: web.Request, pods: PodConnections, pod: dict[str, Any], wanted: list[str]
+) -> web.StreamResponse:
     """pods/NAME/portforward: each port has a data channel 2i and an error channel 2i+1."""
     if request.headers.get("Upgrade", "").lower() != "websocket":
         raise bad_request("unable to upgrade: missing upgrade headers in request")
-    ports = [int(each) for part in request.query.getall("ports", []) for each in part.split(",") if each.isdigit()]
+    ports = [int(each) for part in wanted for each in part.split(",") if each.isdigit()]
     if not ports:
         raise bad_request('query parameter "ports" is required')
     if pod["status"].get("phase") != "Running":

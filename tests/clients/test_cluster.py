@@ -2,7 +2,7 @@
 
 Tests of the API run everywhere. With KUBECONFIG, those that wait, diagnose, reach and delete run too: their pods run
 the test program in `TEST_CLUSTER_IMAGE` (any image with Python 3.11 or newer; `python:3.12-slim` by default), on nodes
-that can pull it. What needs nodes is left out with KUBEBUILDER_ASSETS, which has none.
+that can pull it. With KUBEBUILDER_ASSETS they run where the folder also holds controller manager and scheduler.
 Only the sandbox can do what the tests with the fixtures `server` and `breakable` ask for: API servers that fail on
 demand, nodes that die, admission that denies, GPUs and taints as wanted. They take it whatever is configured.
 """
@@ -52,6 +52,7 @@ from sandbox.cluster import KubernetesServer, NodeSettings
 from sandbox.cluster.nodes import Machine
 from tests.engines import free_port
 from tests.real_kubernetes import control_plane, has_controllers
+from tests.real_nodes import node
 
 POD_PROGRAM = Path(__file__).with_name("pod_program.py")
 PROGRAM = (sys.executable, str(POD_PROGRAM))
@@ -74,13 +75,15 @@ class Environment:
     server: KubernetesServer | None
     has_controllers: bool = True
     has_nodes: bool = True
+    plays_images: bool = True
+    """Whether its pods are processes of this machine, as the sandbox's are."""
 
     def client(self, namespace: str | None = None) -> ClusterClient:
         cluster = Cluster(mode=ClusterMode.KUBECONFIG, kubeconfig=self.kubeconfig)
         name = namespace or f"test-{uuid.uuid4().hex[:8]}"
         return ClusterClient.connect(
             Target(
-                name="sandbox" if self.server else REAL,
+                name="sandbox" if self.plays_images else REAL,
                 project="my-project",
                 region="u-france-east1",
                 cluster=cluster,
@@ -100,12 +103,18 @@ def start_sandbox(root: Path, **settings: Any) -> KubernetesServer:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     """One API server for all tests that do not break it; each has a namespace of its own."""
     if os.environ.get("KUBECONFIG"):
-        yield Environment(os.environ["KUBECONFIG"], None)
+        yield Environment(os.environ["KUBECONFIG"], None, plays_images=False)
         return
     if os.environ.get("KUBEBUILDER_ASSETS"):
         assets = Path(os.environ["KUBEBUILDER_ASSETS"])
-        with control_plane(assets, tmp_path_factory.mktemp("envtest")) as kubeconfig:
-            yield Environment(str(kubeconfig), None, has_controllers=has_controllers(assets), has_nodes=False)
+        complete = has_controllers(assets)
+        with contextlib.ExitStack() as running:
+            kubeconfig = running.enter_context(control_plane(assets, tmp_path_factory.mktemp("envtest")))
+            if complete:
+                running.enter_context(node(kubeconfig, tmp_path_factory.mktemp("node"), {"test/": PROGRAM}))
+            yield Environment(
+                str(kubeconfig), None, has_controllers=complete, has_nodes=complete, plays_images=complete
+            )
         return
     root = tmp_path_factory.mktemp("cluster")
     with start_sandbox(root, tls=True, token="secret") as server:
