@@ -27,6 +27,9 @@ class Objectives(Value):
 
     at_rate_per_s: Annotated[float, Field(gt=0)] | None = None
     """The rate at which latencies, goodput and errors are judged; None: 80 % of the measured knee."""
+    demand_rate_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Requests/s that all replicas together are to serve. It gates nothing: the curve's answers say how many replicas
+    it takes, and how much of the knee it leaves free."""
     latencies: tuple[LatencyLimit, ...] = ()
     min_goodput_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of all requests that meet every latency limit, each taken as a limit on single requests."""

@@ -19,13 +19,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rollout.curve import Curve, Zone, build_curve
+from rollout.profiles import Profile
 from rollout.stage import LatencyLimit, LatencyMetric, Percentile, Stage
-from rollout.values import Value
 
 # Blue, red and green of equal prominence that stay apart for the colour-blind, and different shades of grey in print.
 BLUE, RED, GREEN, GREY = "#2b6cb0", "#b83232", "#2f7d4f", "#6b7280"
 
-ZONE_FILLS = {Zone.RISING: "#e8f0fa", Zone.KNEE: "#fdf3d6", Zone.PAST: "#f9e1e1"}
+ZONES: dict[Zone, tuple[str, str | None, str, str]] = {
+    Zone.RISING: ("#e8f0fa", None, "rising", "full"),
+    Zone.KNEE: ("#fdf3d6", "..", "knee", "bottom"),
+    Zone.PAST: ("#f9e1e1", "///", "past the knee", "none"),
+}
+"""Fill, hatch, name, and how far markers are filled: in black and white, hatch and markers tell the zones apart."""
+
+NARROW = 0.25
+"""A zone that takes less of the width has its name upright."""
 
 WIDTH_IN, HEIGHT_IN, DPI = 7.2, 4.6, 130
 """936 x 598 pixels: two thirds of a laptop's width, and text of 3 mm on a phone."""
@@ -37,34 +45,41 @@ _STYLE: dict[LatencyMetric, tuple[str, str, str]] = {
 }
 
 
-class CurvePrediction(Value):
-    """What the plan expected at one rate."""
-
-    rate_per_s: float
-    output_tokens_per_s: float
-    ttft_s: float | None = None
-    ntpot_s: float | None = None
+_PAPER: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
+"""Behind text, so that lines and hatches do not run through it."""
 
 
 def latency_over_throughput(stages: Sequence[Stage], *, title: str, limits: Sequence[LatencyLimit] = ()) -> bytes:
-    """The quickstart's latency profile: median TTFT and NTPOT over output tokens/s, with knee and limits."""
+    """The quickstart's latency profile in its three zones: median TTFT, NTPOT and ITL over output tokens/s.
+
+    Past the knee throughput stops rising, so the points of that zone lie above one another: their markers are hollow.
+    """
     figure, axes = _figure(title, "output tokens/s", "median latency, ms (log)")
     throughput = dict(_by_rate(stages, lambda stage: stage.output_tokens_per_s))
     curve = build_curve(stages)
+    zones = {round(point.rate_per_s, 6): point.zone for point in curve.points}
     for metric in (LatencyMetric.TTFT, LatencyMetric.NTPOT, LatencyMetric.ITL):
         latencies = _by_rate(stages, partial(Stage.latency_s, metric=metric, percentile=Percentile.P50), scale=1e3)
         pairs = [(throughput[rate], latency) for rate, latency in latencies]
-        _line(axes, pairs, metric.value.upper(), *_STYLE[metric])
+        colour, marker, line_style = _STYLE[metric]
+        _line(axes, pairs, metric.value.upper(), colour, marker, line_style)
+        for (rate, _), (x, y) in zip(latencies, pairs, strict=True):
+            fill: Any = ZONES[zones[rate]][3]
+            axes.plot(x, y, color=colour, marker=marker, markersize=8, fillstyle=fill, markerfacecoloralt="white")
+            if fill == "none":
+                axes.plot(x, y, color="white", marker=marker, markersize=5, zorder=3)
     axes.set_yscale("log")
-    axes.set_xlim(left=0)
-    _limit_lines(axes, limits)
+    highest = max(throughput.values(), default=1.0)
+    axes.set_xlim(0, highest * 1.15)
     if curve.knee is not None:
         knee = curve.knee
+        tokens_per_request = knee.output_tokens_per_s / knee.rate_per_s
+        # The bend has some width also where both bounds of the knee agree.
+        begins = min(knee.lower_rate_per_s * tokens_per_request, 0.95 * knee.output_tokens_per_s)
+        _shade(axes, [0, begins, max(knee.output_tokens_per_s, highest) * 1.02, highest * 1.15])
         axes.axvline(knee.output_tokens_per_s, color="black", linewidth=1, linestyle=(0, (6, 3)))
-        label = f"knee: {knee.output_tokens_per_s:,.0f} tokens/s\nat {knee.rate_per_s:.3g} requests/s"
-        _corner_note(axes, label)
-    elif curve.not_reached:
-        _corner_note(axes, _wrapped(curve.not_reached))
+    _say(axes, curve, hollow=True)
+    _limit_lines(axes, limits)
     return _png(figure, axes)
 
 
@@ -98,15 +113,12 @@ def tokens_over_rate(stages: Sequence[Stage], *, title: str) -> bytes:
     return _png(figure, axes)
 
 
-def predicted_against_measured(stages: Sequence[Stage], predictions: Sequence[CurvePrediction], *, title: str) -> bytes:
-    """Median NTPOT over output tokens/s: the plan's expectation beside what was measured."""
+def predicted_against_measured(predicted: Profile, measured: Profile, *, title: str) -> bytes:
+    """Median NTPOT over output tokens/s of one replica: the forecast beside the measurement."""
     figure, axes = _figure(title, "output tokens/s", "median NTPOT, ms")
-    throughput = dict(_by_rate(stages, lambda stage: stage.output_tokens_per_s))
-    latencies = _by_rate(stages, lambda stage: stage.ntpot_s.p50 if stage.ntpot_s else None, scale=1e3)
-    measured = [(throughput[rate], latency) for rate, latency in latencies]
-    expected = [(p.output_tokens_per_s, p.ntpot_s * 1e3) for p in predictions if p.ntpot_s is not None]
-    _line(axes, measured, "measured", BLUE, "o", "-")
-    _line(axes, sorted(expected), "predicted", GREY, "D", "--")
+    for profile, label, style in ((measured, "measured", (BLUE, "o", "-")), (predicted, "forecast", (GREY, "D", "--"))):
+        pairs = [(each.output_tokens_per_s, each.ntpot_ms) for each in profile.points if each.ntpot_ms is not None]
+        _line(axes, pairs, label, *style)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     return _png(figure, axes)
@@ -159,50 +171,65 @@ def _limit_lines(axes: Axes, limits: Sequence[LatencyLimit]) -> None:
         axes.axhline(limit.limit_s * 1e3, color=colour, linewidth=1.2, linestyle=(0, (1, 1)))
         axes.annotate(
             f"{limit.name} ≤ {limit.limit_s * 1e3:.4g} ms",
-            (0, limit.limit_s * 1e3),
+            (1, limit.limit_s * 1e3),
             xycoords=("axes fraction", "data"),
-            xytext=(4, 3),
+            xytext=(-4, 3),
             textcoords="offset points",
             fontsize=10,
             color=colour,
+            ha="right",
+            bbox=_PAPER,
+        )
+
+
+def _shade(axes: Axes, edges: Sequence[float]) -> None:
+    """The three zones between four places on the x axis, each with its fill, hatch and name."""
+    for zone, (start, end) in zip(Zone, pairwise(edges), strict=True):
+        if end <= start:
+            continue
+        fill, hatch, name, _ = ZONES[zone]
+        axes.axvspan(start, end, facecolor=fill, edgecolor="#c9a9a9", linewidth=0, hatch=hatch, zorder=0)
+        left, right = (axes.transLimits.transform(axes.transScale.transform((x, 1.0)))[0] for x in (start, end))
+        narrow = right - left < NARROW
+        axes.text(
+            (left + right) / 2,
+            0.03,
+            name,
+            transform=axes.transAxes,
+            fontsize=10,
+            fontstyle="italic",
+            ha="center",
+            va="bottom",
+            rotation=90 if narrow else 0,
+            bbox=_PAPER,
         )
 
 
 def _zones(axes: Axes, curve: Curve) -> None:
-    """Shade and name the zones along the rates; hatching keeps the overload apart in black and white."""
+    """Shade and name the zones along the rates."""
     left, right = axes.get_xlim()
+    _say(axes, curve)
     if curve.knee is None:
-        if curve.not_reached:
-            _corner_note(axes, _wrapped(curve.not_reached))
         return
-    edges = [left, curve.knee.lower_rate_per_s or left, curve.knee.upper_rate_per_s, right]
-    for zone, (start, end) in zip(Zone, pairwise(edges), strict=True):
-        if end <= start:
-            continue
-        hatch, label = ("///", "past the knee") if zone is Zone.PAST else (None, None)
-        axes.axvspan(
-            start, end, facecolor=ZONE_FILLS[zone], edgecolor="#e3b5b5", linewidth=0, hatch=hatch, label=label, zorder=0
-        )
+    _shade(axes, [left, curve.knee.lower_rate_per_s or left, curve.knee.upper_rate_per_s, right])
     axes.axvline(curve.knee.rate_per_s, color="black", linewidth=1, linestyle=(0, (6, 3)))
-    axes.annotate(
-        f"knee {curve.knee.rate_per_s:.3g}/s",
-        (curve.knee.rate_per_s, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4, -4),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=11,
-        fontweight="bold",
-    )
     axes.set_xlim(left, right)
 
 
-def _corner_note(axes: Axes, text: str) -> None:
-    axes.text(0.02, 0.97, text, transform=axes.transAxes, fontsize=11, fontweight="bold", ha="left", va="top")
+def _say(axes: Axes, curve: Curve, *, hollow: bool = False) -> None:
+    """Where the knee is, or what is known without one: below the title, where it covers nothing."""
+    text = _wrapped(curve.not_reached)
+    if curve.knee is not None:
+        text = f"knee at {curve.knee.rate_per_s:.3g} requests/s, {curve.knee.output_tokens_per_s:,.0f} tokens/s"
+        text += "; hollow: past it" if hollow else ""
+    if text:
+        axes.set_title(
+            axes.get_title(loc="left"), fontsize=12, loc="left", fontweight="bold", pad=10 + 14 * len(text.splitlines())
+        )
+        axes.text(0, 1.02, text, transform=axes.transAxes, fontsize=11, ha="left", va="bottom")
 
 
-def _wrapped(text: str, width: int = 60) -> str:
+def _wrapped(text: str, width: int = 72) -> str:
     words, lines = text.split(), [""]
     for word in words:
         if len(lines[-1]) + len(word) > width:
@@ -212,7 +239,7 @@ def _wrapped(text: str, width: int = 60) -> str:
 
 
 def _png(figure: Figure, axes: Axes) -> bytes:
-    plain: Any = FuncFormatter(lambda value, _: f"{value:,.4g}")
+    plain: Any = FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(plain)
         axis.set_minor_formatter(NullFormatter())

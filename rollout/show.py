@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rollout.answers import Answers, answers_of
 from rollout.benchmark import BenchmarkReport
 from rollout.critical_path import chain_sentence, timeline
 from rollout.dashboards import console_links
@@ -14,7 +15,7 @@ from rollout.plan import RolloutPlan
 from rollout.preflight import CheckState
 from rollout.record import RolloutReport, TeardownReport
 from rollout.report import StepReport, StepStatus
-from rollout.stage import Percentiles
+from rollout.stage import ClientSide, Percentiles, Stage
 from rollout.target import Approval
 from rollout.waterfall import Waterfall
 
@@ -81,27 +82,67 @@ def failed_start_markdown(
     return "\n".join(parts)
 
 
-def benchmark_markdown(report: BenchmarkReport) -> str:
-    """The curve's verdict, and a row for every stage; its pictures are artifacts of their own."""
+def benchmark_markdown(report: BenchmarkReport, answers: Answers) -> str:
+    """The curve's answers, then its stages: latencies, what became of the requests, and what the server said.
+
+    Its pictures are artifacts of their own. No table is wider than the window of Prefect's UI.
+    """
     stages = sorted(report.stages, key=lambda stage: stage.rate_per_s)
-    rows = [
-        (
-            f"{stage.rate_per_s:.3g}",
-            f"{stage.output_tokens_per_s:.0f}",
-            f"{stage.completed}/{stage.requests}",
-            *(_milliseconds(p) for p in (stage.ttft_s, stage.itl_s, stage.ntpot_s, stage.e2e_s)),
-        )
-        for stage in stages
-    ]
-    columns = ("requests/s", "output tokens/s", "completed", "TTFT ms", "ITL ms", "NTPOT ms", "end to end ms")
     parts = [
         f"# Load sweep of {report.environment.model}",
-        curve_summary(report),
-        f"Workload: {report.spec.workload.name}. Latencies are p50 / p99.",
-        table(columns, rows),
+        answers_markdown(answers),
+        f"Workload: {report.spec.workload.name}, {report.spec.engine.value} engine.",
         *(f"- {note}" for note in report.notes),
+        "## Latencies\n\np50 / p90 / p95 / p99, in milliseconds.",
+        table(
+            ("requests/s", "TTFT", "ITL", "TPOT", "NTPOT", "end to end"),
+            (
+                (_rate(s), *(_milliseconds(p) for p in (s.ttft_s, s.itl_s, s.tpot_s, s.ntpot_s, s.e2e_s)))
+                for s in stages
+            ),
+        ),
+        "## Requests and tokens\n\nTokens/s in / out; schedule delay: how late requests were sent, p50 / p99.",
+        table(
+            ("requests/s", "completed", "failures", "goodput", "tokens/s", "in flight", "schedule delay ms"),
+            (
+                (
+                    _rate(s),
+                    f"{s.completed}/{s.requests}",
+                    ", ".join(f"{count} {kind}" for kind, count in sorted(s.failures.items())) or "–",
+                    "–" if s.goodput_share is None else f"{s.goodput_share:.0%}",
+                    f"{s.input_tokens_per_s:.0f} / {s.output_tokens_per_s:.0f}",
+                    f"{s.concurrency_mean:.1f}",
+                    _delay(s.client),
+                )
+                for s in stages
+            ),
+        ),
     ]
+    served = [(stage, stage.server) for stage in stages if stage.server is not None]
+    if served:
+        parts += [
+            "## On the server\n\nFrom its `/metrics` over the same time; mean / most.",
+            table(
+                ("requests/s", "running", "waiting", "KV cache", "preemptions", "prefix cache hits"),
+                (
+                    (
+                        _rate(stage),
+                        f"{server.running_mean:.1f} / {server.running_max:.0f}",
+                        f"{server.waiting_mean:.1f} / {server.waiting_max:.0f}",
+                        _share(server.kv_cache_usage_max),
+                        "–" if server.preemptions is None else f"{server.preemptions:.0f}",
+                        _share(server.prefix_cache_hit_ratio),
+                    )
+                    for stage, server in served
+                ),
+            ),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def answers_markdown(answers: Answers) -> str:
+    """Question and answer."""
+    return table(("question", "answer"), answers.rows())
 
 
 def curve_summary(report: BenchmarkReport) -> str:
@@ -123,7 +164,23 @@ def verdict_markdown(verdict: Verdict) -> str:
 
 
 def _milliseconds(values: Percentiles | None) -> str:
-    return "–" if values is None else f"{values.p50 * 1e3:.1f} / {values.p99 * 1e3:.1f}"
+    if values is None:
+        return "–"
+    return " / ".join(f"{value * 1e3:.3g}" for value in (values.p50, values.p90, values.p95, values.p99))
+
+
+def _rate(stage: Stage) -> str:
+    return f"{stage.rate_per_s:.3g}"
+
+
+def _delay(client: ClientSide | None) -> str:
+    if client is None:
+        return "–"
+    return f"{client.schedule_delay_s.p50 * 1e3:.1f} / {client.schedule_delay_s.p99 * 1e3:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _headline(plan: RolloutPlan) -> str:
@@ -193,6 +250,9 @@ def report_markdown(report: RolloutReport) -> str:
             "",
             timeline(report.steps),
         ]
+    if report.benchmark and report.plan:
+        answers = answers_of(report.benchmark, report.plan.policy.objectives, replicas=report.plan.serving.replicas)
+        lines += ["", "## What the curve answers", "", answers_markdown(answers)]
     if report.objectives:
         lines += ["", "## Objectives", "", verdict_markdown(report.objectives)]
     if report.delivery:

@@ -18,6 +18,7 @@ from rollout.errors import BadInput, DeadlineExceeded, ObjectivesMissed, Rollout
 from rollout.history import records_of
 from rollout.ledger import last_applied
 from rollout.model import PinnedModel
+from rollout.pictures import predicted_against_measured
 from rollout.plan import RolloutPlan, known_price, rollout_id
 from rollout.policy import Teardown
 from rollout.preflight import CheckState
@@ -125,7 +126,15 @@ def compare_with_forecast(plan: RolloutPlan, profile: Profile) -> Outcome[tuple[
             "Forecast and measurement, both at saturation",
             markdown=table(("server version", "figure", "forecast", "measured", "difference", "workload"), rows),
         ),
+        pictures=tuple(_forecast_picture(gap, number) for number, gap in enumerate(comparable, 1)),
     )
+
+
+def _forecast_picture(gap: Gap, number: int) -> Artifact:
+    server = f"{gap.prediction.model_server} {gap.prediction.model_server_version}".strip()
+    title = f"{gap.measurement.model}: forecast for {server}, and measurement"
+    png = predicted_against_measured(gap.prediction, gap.measurement, title=title)
+    return Artifact(f"forecast-{number}", title, png=png)
 
 
 def require_forecast(found: tuple[Gap, ...], spec: ProfilingSpec) -> None:

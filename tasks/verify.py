@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from prefect import get_run_logger
 
+from rollout.answers import answers_of
 from rollout.benchmark import BenchmarkReport, BenchmarkSpec
 from rollout.clients.benchmarks import StageStore
 from rollout.clients.cluster import ClusterClient
@@ -93,14 +94,21 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
         report = measure(plan, spec, cluster, base_url, pods=pods, completed=completed, on_stage=keep_stage)
         bar.update(100.0, f"{len(stages)} stages")
     measured = len(report.stages) - len(completed)
+    answers = answers_of(report, plan.policy.objectives, replicas=plan.serving.replicas)
     if completed:
         logger.info("%d stages were measured by an earlier run against the same pods", len(completed))
     return Outcome(
         value=report,
         summary=f"{curve_summary(report)}; {measured} stages measured, {len(completed)} kept",
         status=StepStatus.DONE if measured else StepStatus.UNCHANGED,
-        data={"stages_measured": measured, "stages_kept": len(completed)},
-        artifact=Artifact("benchmark", f"Load sweep of {environment.model}", markdown=benchmark_markdown(report)),
+        data={
+            "stages_measured": measured,
+            "stages_kept": len(completed),
+            "answers": answers.model_dump(mode="json"),
+        },
+        artifact=Artifact(
+            "benchmark", f"Load sweep of {environment.model}", markdown=benchmark_markdown(report, answers)
+        ),
         pictures=tuple(
             Artifact(f"benchmark-{name}", f"Load sweep of {environment.model}: {name}", png=png)
             for name, png in _pictures(plan, report).items()

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from rollout.pictures import (
-    CurvePrediction,
     data_uri,
     latency_over_throughput,
     predicted_against_measured,
     tokens_over_rate,
     ttft_over_rate,
 )
+from rollout.profiles import Evidence, LoadPoint, Profile, Source
 from rollout.stage import LatencyLimit, LatencyMetric, Percentile, Stage
 from tests.rollout.curves import QueueServer
 
@@ -24,8 +24,6 @@ LIMITS = (
     LatencyLimit(metric=LatencyMetric.TTFT, percentile=Percentile.P90, limit_s=0.5),
     LatencyLimit(metric=LatencyMetric.NTPOT, limit_s=0.05),
 )
-PREDICTIONS = [CurvePrediction(rate_per_s=r, output_tokens_per_s=r * 100, ntpot_s=0.01 + r / 1000) for r in (1, 5, 10)]
-
 SWEEPS = {
     "with-knee": [QueueServer(10).stage(rate) for rate in RATES],
     "without-knee": [QueueServer(1000).stage(rate) for rate in RATES],
@@ -37,7 +35,6 @@ PICTURES: dict[str, Callable[[Sequence[Stage]], bytes]] = {
     "latency": lambda stages: latency_over_throughput(stages, title="latency", limits=LIMITS),
     "ttft": lambda stages: ttft_over_rate(stages, title="TTFT", limits=LIMITS),
     "tokens": lambda stages: tokens_over_rate(stages, title="tokens"),
-    "predicted": lambda stages: predicted_against_measured(stages, PREDICTIONS, title="predicted"),
 }
 
 
@@ -57,4 +54,24 @@ def test_the_lines_stay_apart_in_black_and_white() -> None:
     grey = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
     # Lines and text are dark on white: no figure depends on a pale colour.
     assert (grey < 120).mean() > 0.01
-    assert np.median(grey) > 240
+    assert np.median(grey) > 230
+
+
+def test_a_forecast_and_a_measurement_are_two_lines() -> None:
+    source = Source(name="test", evidence=Evidence.MEASUREMENT)
+
+    def profile(ntpot_ms: float) -> Profile:
+        points = tuple(LoadPoint(output_tokens_per_s=tokens, ntpot_ms=ntpot_ms) for tokens in (100, 900))
+        return Profile(model="m", accelerator="nvidia-l4", points=points, source=source)
+
+    pictures = [predicted_against_measured(profile(20), profile(ms), title="forecast") for ms in (20, 40)]
+    same, other = (np.asarray(Image.open(io.BytesIO(png)).convert("L")) for png in pictures)
+    assert (other < 120).sum() > (same < 120).sum()  # lines that lie on one another take less ink
+
+
+def test_the_zones_are_hatched() -> None:
+    """In black and white the fills of the zones are nearly one grey."""
+    rising = np.asarray(Image.open(io.BytesIO(PICTURES["latency"](SWEEPS["without-knee"]))).convert("L"))
+    saturated = np.asarray(Image.open(io.BytesIO(PICTURES["latency"](SWEEPS["with-knee"]))).convert("L"))
+    hatching = [((grey > 150) & (grey < 225)).mean() for grey in (rising, saturated)]
+    assert hatching[1] > 1.5 * hatching[0]
