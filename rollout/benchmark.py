@@ -37,6 +37,9 @@ TRACE_REQUESTS = 20_000
 SHORT_ANSWERS = 0.99
 """Below this share of the planned tokens the answers are another workload; vLLM with `ignore_eos` gives 1."""
 
+OTHER_PROMPTS = 0.01
+"""Prompts that differ by more than this share from the planned tokens are another workload."""
+
 
 class Engine(StrEnum):
     BUILTIN = "builtin"
@@ -74,6 +77,10 @@ class BenchmarkSpec(Value):
     drain_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """How long answers may still run after a stage's last request before they are cut off."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    prompt_salt: str | None = None
+    """Decides, with the workload's seed, the words of the prompts. None: new words in every run, so that a second run
+    does not find the first one's prompts in the prefix cache. Give the `prompt_salt` of a report to send its very
+    prompts again, to a server that has been restarted."""
 
     @model_validator(mode="after")
     def _start_is_below_the_maximum(self) -> BenchmarkSpec:
@@ -132,6 +139,8 @@ class BenchmarkReport(Value):
     duration_s: float
     stages: tuple[Stage, ...]
     curve: Curve
+    prompt_salt: str = ""
+    """What decided the words of the prompts; empty where the engine writes its own (inference-perf)."""
     notes: tuple[str, ...] = ()
     """What a reader must know: a client limit, token counts that differ from the plan…"""
 
@@ -213,7 +222,13 @@ def _duration_s(spec: BenchmarkSpec, stages: Sequence[Stage], rate: float) -> fl
 
 
 def benchmark_report(
-    spec: BenchmarkSpec, environment: Environment, stages: Sequence[Stage], *, started_at: datetime, duration_s: float
+    spec: BenchmarkSpec,
+    environment: Environment,
+    stages: Sequence[Stage],
+    *,
+    started_at: datetime,
+    duration_s: float,
+    prompt_salt: str = "",
 ) -> BenchmarkReport:
     return BenchmarkReport(
         spec=spec,
@@ -222,6 +237,7 @@ def benchmark_report(
         duration_s=duration_s,
         stages=tuple(stages),
         curve=build_curve(stages, resolution=spec.resolution),
+        prompt_salt=prompt_salt,
         notes=tuple(_notes(stages)),
     )
 
@@ -240,6 +256,10 @@ def _notes(stages: Sequence[Stage]) -> list[str]:
         notes.append(
             f"Answers ended early, at {min(shares):.0%} of the tokens that were asked for: the load was lighter."
         )
+    prompts = [stage.prompt_share for stage in stages if stage.prompt_share is not None]
+    furthest = max(prompts, key=lambda share: abs(share - 1), default=1.0)
+    if abs(furthest - 1) > OTHER_PROMPTS:
+        notes.append(f"The server counted {furthest:.0%} of the prompt tokens that were planned: another load.")
     failed = sum(sum(stage.failures.values()) for stage in stages)
     if failed:
         first = next((stage.first_failure for stage in stages if stage.first_failure), "")

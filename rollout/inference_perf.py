@@ -216,6 +216,7 @@ def _record(entry: Mapping[str, Any], start: float, planned: PlannedRequest, cut
         scheduled_s=planned.at_s,
         sent_s=float(entry["start_time"]) - start,
         input_tokens=int(usage.get("prompt_tokens") or text.get("input_tokens") or 0),
+        planned_input_tokens=planned.input_tokens,
         planned_output_tokens=planned.output_tokens,
         output_tokens=int(usage.get("completion_tokens") or response.get("output_tokens") or 0),
         token_times_s=[float(time) - start for time in response.get("output_token_times") or ()],

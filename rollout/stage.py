@@ -83,6 +83,8 @@ class RequestRecord:
     sent_s: float
     input_tokens: int = 0
     """As the server counts them (`usage.prompt_tokens`), or as planned if it does not say."""
+    planned_input_tokens: int = 0
+    """0 where nobody planned them: a dataset's prompts are as long as they are."""
     planned_output_tokens: int = 1
     output_tokens: int = 0
     token_times_s: Sequence[float] = field(default_factory=list)
@@ -181,6 +183,8 @@ class Stage(Value):
     """What the server must produce to follow the offered rate: planned tokens, of a completed answer its own."""
     answer_share: float | None = None
     """Output tokens of the completed answers / those asked for; below 1, the server ends answers early."""
+    prompt_share: float | None = None
+    """Prompt tokens of the completed requests as the server counts them / those planned; None where none were."""
     requests_per_s: float
     """Completed requests / time until the last one ended."""
     goodput_per_s: float | None = None
@@ -258,6 +262,7 @@ def summarize(
     planned_of_completed = sum(record.planned_output_tokens for record in completed)
     answered = sum(record.output_tokens for record in completed)
     planned = sum(record.planned_output_tokens for record in records)
+    planned_prompts = sum(record.planned_input_tokens for record in completed)
     in_window = sum(_tokens_between(record, settled_s, duration_s) for record in records)
     last_end_s = max((record.ended_s for record in completed), default=duration_s)
     ttft = np.array([record.ttft_s for record in (*completed, *unfinished)])
@@ -278,6 +283,7 @@ def summarize(
         output_tokens_per_s=in_window / window_s,
         offered_output_tokens_per_s=(planned - planned_of_completed + answered) / duration_s,
         answer_share=answered / planned_of_completed if planned_of_completed else None,
+        prompt_share=sum(record.input_tokens for record in completed) / planned_prompts if planned_prompts else None,
         requests_per_s=len(completed) / max(last_end_s, duration_s),
         goodput_per_s=None if good is None else good / max(last_end_s, duration_s),
         goodput_share=None if good is None else good / len(records),

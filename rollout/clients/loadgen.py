@@ -107,10 +107,11 @@ def run_benchmark(
     if context_window is not None:
         spec = spec.model_copy(update={"workload": spec.workload.with_limit(context_window)})
     stages = list(completed)
-    planned = next_stage(spec, stages)
+    planned, salt = next_stage(spec, stages), ""
     if planned is not None:
         generator = LoadGenerator(api, model, spec, limits=objectives.request_limits if objectives else None)
         generator.warm_up()
+        salt = generator.salt if spec.engine is Engine.BUILTIN else ""
         meter = in_cluster(spec) if spec.engine is Engine.INFERENCE_PERF and in_cluster else generator
         while planned is not None:
             stage = meter.measure(planned, repeat=len(stages))
@@ -120,7 +121,14 @@ def run_benchmark(
                 on_stage(stage)
             planned = next_stage(spec, stages)
     environment = environment or Environment(model=model, server_version=api.version())
-    return benchmark_report(spec, environment, stages, started_at=started_at, duration_s=time.monotonic() - started)
+    return benchmark_report(
+        spec,
+        environment,
+        stages,
+        started_at=started_at,
+        duration_s=time.monotonic() - started,
+        prompt_salt=salt,
+    )
 
 
 class LoadGenerator:
@@ -134,7 +142,7 @@ class LoadGenerator:
         self._endpoint = Endpoint(api.base_url + _PATHS[spec.endpoint])
         self._vocabulary: Vocabulary | None = None
         # A second run must not find the first one's prompts in the prefix cache.
-        self._salt = secrets.token_hex(8)
+        self.salt = spec.prompt_salt or secrets.token_hex(8)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -147,7 +155,7 @@ class LoadGenerator:
         """A few requests that nobody measures. Raises RolloutError if none of them is answered."""
         sample = self._spec.workload.schedule(1.0, float(WARM_UP_REQUESTS))
         short = [replace(request, output_tokens=min(request.output_tokens, WARM_UP_TOKENS)) for request in sample]
-        outgoing = self._outgoing(short, f"{self._salt}-warm-up")
+        outgoing = self._outgoing(short, f"{self.salt}-warm-up")
         loop = StreamLoop(self._endpoint, self._spec.request_timeout_s, self._spec.request_timeout_s)
         for request in outgoing:
             record = loop.run([replace(request, at_s=0.0)], duration_s=0.0).records[0]
@@ -174,7 +182,7 @@ class LoadGenerator:
     def offer(self, planned: PlannedStage, *, repeat: int = 0) -> StreamsResult:
         """A stage's requests and what happened to each."""
         schedule = self._spec.workload.schedule(planned.rate_per_s, planned.duration_s, repeat=repeat)
-        outgoing = self._outgoing(schedule, f"{self._salt}-{repeat}")
+        outgoing = self._outgoing(schedule, f"{self.salt}-{repeat}")
         loop = StreamLoop(self._endpoint, self._spec.request_timeout_s, self._spec.drain_timeout_s)
         return loop.run(outgoing, duration_s=planned_duration_s(planned.rate_per_s, planned.duration_s))
 
@@ -196,7 +204,7 @@ class LoadGenerator:
         if shared is None:
             return []
         return [
-            self.vocabulary.prefix(shared.tokens, random.Random(f"{self._salt}-prefix-{group}"))
+            self.vocabulary.prefix(shared.tokens, random.Random(f"{self.salt}-prefix-{group}"))
             for group in range(shared.groups)
         ]
 

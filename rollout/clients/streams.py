@@ -221,7 +221,11 @@ class StreamLoop:
         prepared = [self.endpoint.request_bytes(request.body) for request in requests]
         records = [
             RequestRecord(
-                scheduled_s=r.at_s, sent_s=r.at_s, input_tokens=r.input_tokens, planned_output_tokens=r.output_tokens
+                scheduled_s=r.at_s,
+                sent_s=r.at_s,
+                input_tokens=r.input_tokens,
+                planned_input_tokens=r.input_tokens,
+                planned_output_tokens=r.output_tokens,
             )
             for r in requests
         ]

@@ -90,6 +90,19 @@ def test_a_repeated_stage_does_not_hit_the_cache_of_the_first(engine: str) -> No
     assert [stage.server.prefix_cache_hit_ratio for stage in stages if stage.server] == [0, 0]
 
 
+def test_a_second_run_has_prompts_of_its_own_unless_it_is_given_those_of_the_first(engine: str) -> None:
+    once = spec(rates_per_s=(5.0,))
+    first, second = (run_benchmark(engine, once, model=MODEL) for _ in range(2))
+    repeated = run_benchmark(engine, spec(rates_per_s=(5.0,), prompt_salt=first.prompt_salt), model=MODEL)
+    ratios = [
+        report.stages[0].server.prefix_cache_hit_ratio for report in (second, repeated) if report.stages[0].server
+    ]
+    assert ratios == [0, pytest.approx(0.8)]  # whole blocks of 16 tokens of the prompts' 40
+    assert repeated.prompt_salt == first.prompt_salt != second.prompt_salt
+    assert repeated.stages[0].prompt_share == 1
+    assert any("prefix cache" in note for note in repeated.notes)
+
+
 def test_a_sweep_reports_stages_and_resumes_after_the_last_finished_one(engine: str) -> None:
     benchmark = spec(rates_per_s=(5.0, 10.0, 20.0))
     seen: list[Stage] = []

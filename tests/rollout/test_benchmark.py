@@ -120,6 +120,18 @@ def test_a_server_that_ends_answers_early_is_not_overloaded() -> None:
     assert report.notes == ("Answers ended early, at 50% of the tokens that were asked for: the load was lighter.",)
 
 
+def test_prompts_that_the_server_counts_otherwise_are_noted() -> None:
+    records = [record(i * 0.1) for i in range(100)]
+    for each in records:
+        each.planned_input_tokens, each.input_tokens = 100, 107
+    stage = summarize(records, duration_s=10)
+    assert stage.prompt_share == pytest.approx(1.07)
+    report = benchmark_report(
+        BenchmarkSpec(), Environment(model="m"), [stage], started_at=datetime(2026, 11, 22, tzinfo=UTC), duration_s=10
+    )
+    assert report.notes == ("The server counted 107% of the prompt tokens that were planned: another load.",)
+
+
 def test_goodput_counts_requests_within_every_limit() -> None:
     records = [record(i * 0.1, ttft_s=0.1 if i % 2 else 0.5) for i in range(100)]
     stage = summarize(records, duration_s=10, limits=RequestLimits(ttft_s=0.2, itl_s=0.02))
