@@ -42,10 +42,19 @@ class Price(Value):
     source: str
     as_of: date | None = None
     """None: stated by the target's owner."""
+    pricing_model: PricingModel | None = None
+    """None: whatever the asker had in mind."""
 
     @property
     def usd_per_gpu_s(self) -> float:
         return self.usd_per_gpu_hour / 3600
+
+    def __str__(self) -> str:
+        terms = [
+            *([self.pricing_model.value] if self.pricing_model else []),
+            f"{self.source.partition(' (')[0]}{f', {self.as_of}' if self.as_of else ''}",
+        ]
+        return f"{self.usd_per_gpu_hour:,.2f} USD per GPU and hour ({', '.join(terms)})"
 
 
 class TokenCost(Value):
@@ -186,7 +195,7 @@ def list_price(accelerator: str, region: str, model: PricingModel = PricingModel
     if amount is None:
         return None
     per_hour = amount / HOURS_PER_MONTH if model in _MONTHLY_COLUMNS else amount
-    return Price(usd_per_gpu_hour=per_hour, source=_CALCULATOR, as_of=_CALCULATOR_DATE)
+    return Price(usd_per_gpu_hour=per_hour, source=_CALCULATOR, as_of=_CALCULATOR_DATE, pricing_model=model)
 
 
 def find_price(
@@ -195,34 +204,16 @@ def find_price(
     model: PricingModel = PricingModel.ON_DEMAND,
     *,
     own_usd_per_gpu_hour: float | None = None,
+    own_model: PricingModel = PricingModel.ON_DEMAND,
     stated: Mapping[str, float] | None = None,
 ) -> Price | None:
-    """What the asker states, else the target's own on-demand price, else the list price; None where none is known.
+    """What the asker states, else the target's own price, else the list price; None where none is known.
 
-    `stated` is by accelerator, and counts for whatever pricing model is asked. The target's own price is an on-demand
-    one: it says nothing about spot or commitments. Without a `region`, the quickstart's.
+    `stated` is by accelerator, and counts for whatever pricing model is asked. The target's own price is of
+    `own_model`: it says nothing about the others. Without a `region`, the quickstart's.
     """
     if stated and accelerator in stated:
         return Price(usd_per_gpu_hour=stated[accelerator], source="stated with the question")
-    if own_usd_per_gpu_hour is not None and model is PricingModel.ON_DEMAND:
-        return Price(usd_per_gpu_hour=own_usd_per_gpu_hour, source="the target's gpu_usd_per_hour")
+    if own_usd_per_gpu_hour is not None and model is own_model:
+        return Price(usd_per_gpu_hour=own_usd_per_gpu_hour, source="the target's gpu_usd_per_hour", pricing_model=model)
     return list_price(accelerator, region or default_region(accelerator), model)
-
-
-def price_for(
-    accelerator: str,
-    region: str,
-    model: PricingModel = PricingModel.ON_DEMAND,
-    *,
-    own_usd_per_gpu_hour: float | None = None,
-) -> Price:
-    """As `find_price`, and raises BadInput that asks for a price where none is known."""
-    price = find_price(accelerator, region, model, own_usd_per_gpu_hour=own_usd_per_gpu_hour)
-    if price is None:
-        raise BadInput(
-            f"no {model.value} list price is known for {accelerator} in {region}.",
-            where="cost",
-            resolution="State what you pay on demand for one GPU with its share of the machine in"
-            " target.gpu_usd_per_hour.",
-        )
-    return price

@@ -81,6 +81,8 @@ class Verdict(Value):
     rows: tuple[ObjectiveResult, ...]
     at_rate_per_s: float
     """Where latencies were judged."""
+    cost: TokenCost | None = None
+    """At the knee, and what it was computed from."""
 
     @property
     def met(self) -> bool:
@@ -130,7 +132,7 @@ def judge(
     rows += [_smoke_row(name, passed_checks) for name in objectives.smoke_checks]
     if objectives.no_worse is not None:
         rows += compare_with_baseline(stages, baseline, objectives.no_worse)
-    return Verdict(rows=tuple(rows), at_rate_per_s=rate)
+    return Verdict(rows=tuple(rows), at_rate_per_s=rate, cost=cost)
 
 
 def _latency_row(limit: LatencyLimit, stages: Sequence[Stage], rate: float) -> ObjectiveResult:

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rollout.cost import Price, price_for
-from rollout.errors import BadInput
+from rollout.cost import Price, find_price
 from rollout.model import PinnedModel
 from rollout.policy import RolloutPolicy
 from rollout.preflight import Check
@@ -92,7 +91,10 @@ class RolloutPlan(Value):
         return f"{self.model.repo_id}@{self.model.short_sha} → {self.target.name}"
 
 
-_NOT_SERVED = {"approval", "endpoints", "gpu_usd_per_hour", "hub_token_secret"}
+_NOT_SERVED = {
+    *("approval", "endpoints", "hub_token_secret"),
+    *("gpu_usd_per_hour", "pricing_model", "output_to_input_ratio"),
+}
 
 
 def rollout_id(model: PinnedModel, serving: ServingSpec, target: Target) -> str:
@@ -108,11 +110,14 @@ def rollout_id(model: PinnedModel, serving: ServingSpec, target: Target) -> str:
 
 
 def known_price(target: Target, accelerator: str) -> Price | None:
-    """The target's own price of one GPU, else the on-demand list price of its region; None where neither is known."""
-    try:
-        return price_for(accelerator, target.region, own_usd_per_gpu_hour=target.gpu_usd_per_hour)
-    except BadInput:
-        return None
+    """The target's own price of one GPU, else its region's list price by the target's pricing model; None: unknown."""
+    return find_price(
+        accelerator,
+        target.region,
+        target.pricing,
+        own_usd_per_gpu_hour=target.gpu_usd_per_hour,
+        own_model=target.pricing,
+    )
 
 
 def make_plan(

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from rollout.answers import Answers, answers_of
 from rollout.benchmark import BenchmarkReport
+from rollout.cost import TokenCost
 from rollout.critical_path import chain_sentence, timeline
 from rollout.dashboards import console_links
 from rollout.delivery import DeliveryReport
 from rollout.diagnosis import Diagnosis
 from rollout.objectives import Verdict
-from rollout.plan import RolloutPlan
+from rollout.plan import RolloutPlan, known_price
 from rollout.preflight import CheckState
 from rollout.record import RolloutReport, TeardownReport
 from rollout.report import StepReport, StepStatus
@@ -29,14 +30,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def plan_markdown(plan: RolloutPlan) -> str:
     """What would change, what it moves and costs, and which checks were made."""
-    price = "unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:,.2f} USD per hour"
+    price = known_price(plan.target, plan.serving.accelerator.type)
     facts = [
         ("model", f"`{plan.model.repo_id}` at `{plan.model.commit_sha}`"),
         ("weights", f"`{plan.weights_uri}`"),
         ("transfer", f"{plan.transfer_bytes / 1e9:.2f} GB"),
         ("served as", f"`{plan.serving.served_model_name}` by `{plan.serving.image}`"),
         ("accelerators", f"{plan.serving.replicas} × {plan.serving.accelerator.count} {plan.serving.accelerator.type}"),
-        ("cost while running", price),
+        ("cost while running", f"{plan.usd_per_hour:,.2f} USD per hour: {price}" if price else _no_price(plan)),
         ("delivery", plan.policy.delivery.kind.value.replace("_", "/")),
         ("serves now", f"`{plan.live_before.model}`" if plan.live_before else "nothing"),
         ("approval", _approval(plan)),
@@ -160,7 +161,19 @@ def verdict_markdown(verdict: Verdict) -> str:
     """The verdict's table: objective, limit, measured, margin."""
     columns = ("objective", "limit", "measured", "margin", "outcome", "")
     rows = ((r.objective, r.limit, r.measured, r.margin, r.outcome.value, r.reason) for r in verdict.rows)
-    return f"{verdict.summary()}\n\n{table(columns, rows)}\n"
+    parts = [verdict.summary(), table(columns, rows)]
+    if verdict.cost is not None:
+        parts.append(cost_sentence(verdict.cost))
+    return "\n\n".join(parts) + "\n"
+
+
+def cost_sentence(cost: TokenCost) -> str:
+    """What a million tokens cost at the knee, and by which price."""
+    return (
+        f"At the knee a million output tokens costs {cost.usd_per_million_output_tokens:.3g} USD and a million input"
+        f" tokens {cost.usd_per_million_input_tokens:.3g} USD, at {cost.output_to_input_ratio:g} to 1:"
+        f" {cost.gpus} × {cost.price}."
+    )
 
 
 def _milliseconds(values: Percentiles | None) -> str:
@@ -181,6 +194,13 @@ def _delay(client: ClientSide | None) -> str:
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
+
+
+def _no_price(plan: RolloutPlan) -> str:
+    return (
+        f"unknown: no {plan.target.pricing.value} list price is known for {plan.serving.accelerator.type} in"
+        f" {plan.target.region}; state what a GPU costs you in the target's `gpu_usd_per_hour`"
+    )
 
 
 def _headline(plan: RolloutPlan) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
+from rollout.cost import DEFAULT_OUTPUT_TO_INPUT_RATIO, PricingModel
 from rollout.universe import Universe
 from rollout.values import BucketName, KubernetesName, ServiceAccountId, Value
 
@@ -124,8 +125,19 @@ class Target(Value):
     approval: Approval = Approval.NEVER
     """The least that every rollout to this target asks for, whatever its own policy says."""
     gpu_usd_per_hour: Annotated[float, Field(gt=0)] | None = None
-    """On-demand price of one GPU with its share of the machine; before the price table's, which may have no row."""
+    """Price of one GPU with its share of the machine by `pricing`; before the price table's, which may have no row."""
+    pricing_model: PricingModel | None = None
+    """How the GPUs are paid for; None: spot where the node pool is, on demand otherwise."""
+    output_to_input_ratio: Annotated[float, Field(gt=0)] = DEFAULT_OUTPUT_TO_INPUT_RATIO
+    """What an output token costs in input tokens; 4 is the quickstart's."""
     endpoints: Endpoints = Endpoints()
+
+    @property
+    def pricing(self) -> PricingModel:
+        if self.pricing_model is not None:
+            return self.pricing_model
+        pool = self.cluster.node_pool if self.cluster.mode is ClusterMode.STANDARD else None
+        return PricingModel.SPOT if pool is not None and pool.spot else PricingModel.ON_DEMAND
 
     @property
     def hub_endpoint(self) -> str:

@@ -63,9 +63,13 @@ def profile_of(plan: RolloutPlan, benchmark: BenchmarkReport) -> Outcome[Profile
         name=f"gs://{plan.target.bucket}",
         replicas=plan.serving.replicas,
         price=known_price(plan.target, plan.serving.accelerator.type),
+        pricing_model=plan.target.pricing,
     )
     # Catalogues know models by their repository.
-    profile = measured_profile(benchmark, on).model_copy(update={"model": plan.model.repo_id})
+    ratio = plan.target.output_to_input_ratio
+    profile = measured_profile(benchmark, on, output_to_input_ratio=ratio).model_copy(
+        update={"model": plan.model.repo_id}
+    )
     rows = [
         (
             _figure(point.requests_per_s),

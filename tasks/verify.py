@@ -200,4 +200,8 @@ def require_met(verdict: Verdict) -> None:
 def _cost(plan: RolloutPlan, benchmark: BenchmarkReport) -> TokenCost | None:
     price = known_price(plan.target, plan.serving.accelerator.type)
     gpus = plan.serving.accelerator.count * plan.serving.replicas
-    return None if price is None else cost_at_knee(benchmark.stages, price, gpus=gpus)
+    return (
+        None
+        if price is None
+        else cost_at_knee(benchmark.stages, price, gpus=gpus, output_to_input_ratio=plan.target.output_to_input_ratio)
+    )

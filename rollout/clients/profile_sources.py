@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rollout.benchmark import BenchmarkReport
 from rollout.clients.history import BucketHistory
 from rollout.clients.records import RecordStore
-from rollout.cost import Price, find_price
+from rollout.cost import Price, PricingModel, find_price
 from rollout.errors import BadInput
 from rollout.history import CurveRecord
 from rollout.profile_formats import accelerators_of, read_benchmarks_csv, read_inference_perf
@@ -148,7 +148,13 @@ def _of_record(report: RolloutReport, name: str, query: ProfileQuery) -> Iterato
     if report.benchmark is None or report.plan is None:
         return
     serving, target = report.plan.serving, report.plan.target
-    price = _price(serving.accelerator.type, query, target.region, own_usd_per_gpu_hour=target.gpu_usd_per_hour)
+    price = _price(
+        serving.accelerator.type,
+        query,
+        target.region,
+        own_usd_per_gpu_hour=target.gpu_usd_per_hour,
+        own_model=target.pricing,
+    )
     on = MeasuredOn(
         name=name,
         instance_type=serving.accelerator.machine_type,
@@ -161,13 +167,19 @@ def _of_record(report: RolloutReport, name: str, query: ProfileQuery) -> Iterato
 
 
 def _price(
-    accelerator: str, query: ProfileQuery, region: str | None = None, *, own_usd_per_gpu_hour: float | None = None
+    accelerator: str,
+    query: ProfileQuery,
+    region: str | None = None,
+    *,
+    own_usd_per_gpu_hour: float | None = None,
+    own_model: PricingModel = PricingModel.ON_DEMAND,
 ) -> Price | None:
     return find_price(
         accelerator,
         region,
         query.pricing_model,
         own_usd_per_gpu_hour=own_usd_per_gpu_hour,
+        own_model=own_model,
         stated=query.usd_per_accelerator_hour,
     )
 

@@ -61,9 +61,12 @@ def price_lookup(
 ) -> PriceOf:
     """What an accelerator of a profile costs: as stated, as the target says, or by the table."""
     own = target.gpu_usd_per_hour if target else None
+    own_model = target.pricing if target else PricingModel.ON_DEMAND
 
     def price_of(profile: Profile) -> Price | None:
-        return find_price(profile.accelerator, region, pricing, own_usd_per_gpu_hour=own, stated=stated)
+        return find_price(
+            profile.accelerator, region, pricing, own_usd_per_gpu_hour=own, own_model=own_model, stated=stated
+        )
 
     return price_of
 

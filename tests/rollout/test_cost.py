@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rollout.cost import Price, PricingModel, cost_at_knee, find_price, list_price, price_for, token_cost
+from rollout.cost import Price, PricingModel, cost_at_knee, find_price, list_price, token_cost
 from rollout.errors import BadInput
 from tests.rollout.curves import QueueServer
 
@@ -47,16 +47,22 @@ def test_list_prices_say_date_and_source_and_commitments_are_cheaper() -> None:
     assert all(price and price.as_of and price.source.startswith("https://") for price in prices)
 
 
-def test_the_targets_own_price_comes_first() -> None:
-    price = price_for("nvidia-h100-80gb", "us-central1", own_usd_per_gpu_hour=2.5)
-    assert (price.usd_per_gpu_hour, price.as_of) == (2.5, None)
-
-
-def test_the_targets_own_price_is_an_on_demand_price() -> None:
-    spot = price_for("nvidia-h100-80gb", "us-central1", PricingModel.SPOT, own_usd_per_gpu_hour=2.5)
-
+def test_the_targets_own_price_comes_first_for_its_own_pricing_model() -> None:
+    price = find_price("nvidia-h100-80gb", "us-central1", own_usd_per_gpu_hour=2.5)
+    assert price is not None
+    assert (price.usd_per_gpu_hour, price.as_of, price.pricing_model) == (2.5, None, PricingModel.ON_DEMAND)
+    spot = find_price("nvidia-h100-80gb", "us-central1", PricingModel.SPOT, own_usd_per_gpu_hour=2.5)
     assert spot == list_price("nvidia-h100-80gb", "us-central1", PricingModel.SPOT)
     assert find_price("nvidia-b200", "us-central1", PricingModel.SPOT, own_usd_per_gpu_hour=2.5) is None
+    own = find_price("nvidia-b200", None, PricingModel.SPOT, own_usd_per_gpu_hour=2.5, own_model=PricingModel.SPOT)
+    assert own is not None
+    assert own.pricing_model is PricingModel.SPOT
+
+
+def test_a_price_says_its_currency_its_terms_and_its_date() -> None:
+    text = str(list_price("nvidia-h100-80gb", "europe-west4", PricingModel.SPOT))
+    assert text.startswith("3.97 USD per GPU and hour (spot, https://")
+    assert text.endswith(", 2025-03-06)")
 
 
 def test_what_the_asker_pays_comes_before_everything() -> None:
@@ -79,10 +85,9 @@ def test_a_listed_accelerator_has_a_price_where_the_quickstart_takes_its_own(acc
         ("nvidia-a100-80gb", "us-central1", PricingModel.COMMITMENT_1Y),
     ],
 )
-def test_an_unknown_price_is_asked_for_and_never_invented(accelerator: str, region: str, model: PricingModel) -> None:
+def test_an_unknown_price_is_never_invented(accelerator: str, region: str, model: PricingModel) -> None:
     assert list_price(accelerator, region, model) is None
-    with pytest.raises(BadInput, match="gpu_usd_per_hour"):
-        price_for(accelerator, region, model)
+    assert find_price(accelerator, region, model) is None
 
 
 def test_the_cost_of_a_sweep_is_that_at_its_knee() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from rollout.cost import Price, token_cost
 from rollout.objectives import NoWorse, Objectives, Outcome, judge
+from rollout.show import verdict_markdown
 from rollout.stage import (
     ClientSide,
     FailureKind,
@@ -95,6 +96,9 @@ def test_knee_throughput_cost_and_smoke_checks_are_limits_too() -> None:
     )
     verdict = judge(objectives, STAGES, cost=cost, passed_checks=frozenset({"chat"}))
     outcomes = {row.objective: row.outcome for row in verdict.rows}
+    page = verdict_markdown(verdict)
+    assert "a million output tokens costs 1 USD and a million input tokens 0.25 USD, at 4 to 1" in page
+    assert "1 × 3.60 USD per GPU and hour (test)" in page
     assert outcomes == {
         "failed requests": Outcome.MET,
         "knee": Outcome.MET,

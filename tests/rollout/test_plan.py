@@ -6,14 +6,15 @@ from datetime import UTC, datetime
 
 import pytest
 
+from rollout.cost import PricingModel, list_price
 from rollout.model import ModelFile, PinnedModel
-from rollout.plan import Observation, RolloutPlan, make_plan, rollout_id
+from rollout.plan import Observation, RolloutPlan, known_price, make_plan, rollout_id
 from rollout.policy import RolloutPolicy
 from rollout.record import RolloutReport
 from rollout.report import Action, Change
 from rollout.serving import ServingSpec
 from rollout.show import plan_markdown, report_markdown
-from rollout.target import Approval, Cluster, ClusterMode, IdentityMode, Target
+from rollout.target import Approval, Cluster, ClusterMode, IdentityMode, NodePool, Target
 
 MODEL = PinnedModel(
     repo_id="google/gemma-4-31B-it",
@@ -114,9 +115,29 @@ def test_cost_is_gpus_times_price() -> None:
     assert plan_for(Observation(), serving=serving).usd_per_hour == pytest.approx(33.0)
 
 
-def test_cost_is_unknown_where_no_price_is() -> None:
+def test_cost_is_unknown_where_no_price_is_and_the_plan_says_where_to_state_it() -> None:
     target = TARGET.model_copy(update={"gpu_usd_per_hour": None})
-    assert plan_for(Observation(), target).usd_per_hour is None
+    plan = plan_for(Observation(), target)
+    assert plan.usd_per_hour is None
+    assert "cost while running: unknown: no on-demand list price is known for nvidia-h100-80gb" in plan_markdown(plan)
+
+
+def test_the_plan_shows_the_price_by_the_targets_pricing_model() -> None:
+    own = TARGET.model_copy(update={"pricing_model": PricingModel.COMMITMENT_3Y})
+    shown = "cost while running: 11.00 USD per hour: 11.00 USD per GPU and hour (3-year-commitment, the target's"
+    assert shown in plan_markdown(plan_for(Observation(), own))
+    assert rollout_id(MODEL, SERVING, own) == rollout_id(MODEL, SERVING, TARGET), "how it is paid for changes no pod"
+
+
+def test_nodes_on_spot_cost_the_spot_price_unless_the_target_says_otherwise() -> None:
+    pool = NodePool(spot=True, machine_type="a3-highgpu-1g", accelerator_count=1)
+    cluster = Cluster(mode=ClusterMode.STANDARD, node_pool=pool)
+    listed = {"gpu_usd_per_hour": None, "region": "europe-west4", "cluster": cluster}
+    spot = known_price(TARGET.model_copy(update=listed), "nvidia-h100-80gb")
+    assert spot == list_price("nvidia-h100-80gb", "europe-west4", PricingModel.SPOT)
+    committed = TARGET.model_copy(update=listed | {"pricing_model": PricingModel.COMMITMENT_1Y})
+    price = known_price(committed, "nvidia-h100-80gb")
+    assert price == list_price("nvidia-h100-80gb", "europe-west4", PricingModel.COMMITMENT_1Y)
 
 
 def test_the_rollout_id_follows_what_is_served_and_not_how_it_is_reached() -> None:
