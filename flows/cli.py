@@ -12,6 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from flows import endpoint_cli, operations_cli
+from flows.curves_cli import curves_app
 from flows.profiles_cli import profiles_app
 from rollout.errors import ExitCode, RolloutError
 from rollout.universe import GOOGLE_DEFAULT_DOMAIN, Universe
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(profiles_app, name="profiles")
+app.add_typer(curves_app, name="curves")
 
 
 class Engine(StrEnum):

@@ -24,7 +24,19 @@ TargetOption = Annotated[
 
 def mount(app: typer.Typer) -> None:
     """Add the commands of this module to `app`."""
-    for command in (bootstrap, run, verify, profile, watch_releases, webhook, janitor, status, history, rollback):
+    for command in (
+        bootstrap,
+        run,
+        verify,
+        benchmark_model,
+        profile,
+        watch_releases,
+        webhook,
+        janitor,
+        status,
+        history,
+        rollback,
+    ):
         app.command()(command)
 
 
@@ -143,6 +155,30 @@ def verify(
     done = verify_model(request, report_file=str(report))
     for row in step_table(done):
         typer.echo("{} {:<24} {:>7} s  {}".format(*row))
+
+
+def benchmark_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Preset in deployments/models/, or a YAML file.")],
+    target: TargetOption,
+    policy: Annotated[
+        Path | None, typer.Option(help="YAML file of a policy: its benchmark and objectives count.")
+    ] = None,
+    report: Annotated[Path, typer.Option("--report", help="The machine-readable record.")] = Path("out/benchmark.json"),
+) -> None:
+    """Sweep the load on the live model server to saturation; `benchmark URL` does so for any endpoint."""
+    from flows.requests import request_of
+    from rollout.answers import answers_of
+    from rollout.profile_formats import text_table
+
+    request = request_of(model, target, policy_file=policy)
+    from flows.benchmark_model import benchmark_model as perform
+
+    done = perform(request, report_file=str(report))
+    assert done.benchmark is not None, "the flow ends with an error otherwise"
+    assert done.plan is not None, "the flow ends with an error otherwise"
+    answers = answers_of(done.benchmark, done.plan.policy.objectives, replicas=done.plan.serving.replicas)
+    typer.echo(text_table(("question", "answer"), answers.rows()), nl=False)
+    typer.echo(f"{done.verdict.value}; the record is in {report}")
 
 
 def profile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -12,6 +13,9 @@ from rollout.errors import BadInput
 from rollout.ledger import applied, in_order
 from rollout.policy import RolloutPolicy
 from rollout.request import RolloutRequest, resolve
+from rollout.values import Value
+
+ValueT = TypeVar("ValueT", bound=Value)
 
 
 def request_of(model: str, target: str, revision: str | None = None, policy_file: Path | None = None) -> RolloutRequest:
@@ -19,18 +23,21 @@ def request_of(model: str, target: str, revision: str | None = None, policy_file
 
     Its presets are loaded here already, so that a wrong name does not cost the start of a flow and its server.
     """
-    policy = RolloutPolicy()
-    if policy_file is not None:
-        try:
-            data = yaml.safe_load(policy_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"cannot read the policy: {unreadable(error)}.", where=str(policy_file)) from error
-        except yaml.YAMLError as error:
-            raise BadInput(f"the policy is not valid YAML: {error}", where=str(policy_file)) from error
-        policy = validated(RolloutPolicy, data or {}, where=str(policy_file))
+    policy = RolloutPolicy() if policy_file is None else settings_of(RolloutPolicy, policy_file)
     request = RolloutRequest(model=model, target=target, revision=revision, policy=policy)
     resolve(request)
     return request
+
+
+def settings_of(kind: type[ValueT], path: Path) -> ValueT:
+    """A value of `kind` from a YAML file; what the file leaves out has its default. Raises `BadInput`."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the file: {unreadable(error)}.", where=str(path)) from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"not valid YAML: {error}", where=str(path)) from error
+    return validated(kind, data or {}, where=str(path))
 
 
 def rollback_request(request: RolloutRequest, to: str, preset_file: Path) -> RolloutRequest:

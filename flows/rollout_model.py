@@ -33,7 +33,7 @@ from tasks.record import Record, recorded
 from tasks.serve import apply_manifests, wait_until_available
 from tasks.step import Running, Story
 from tasks.teardown import require_nothing_left, tear_down_rollout
-from tasks.verify import benchmark_model, judge_objectives, require_met, require_passed, smoke_test
+from tasks.verify import benchmark_server, judge_objectives, require_met, require_passed, smoke_test
 from tasks.warm_up import release_node, warm_up_node
 from tasks.weights import bind_writer, check_weights_layout, publish_weights, publish_weights_by_pods
 
@@ -150,8 +150,11 @@ def taken_back_on_failure(plan: RolloutPlan, record: Record) -> Iterator[None]:
         raise RolledBack(f"{reason} The previous revision serves.", where=where, resolution=resolution) from error
 
 
-def verify(plan: RolloutPlan, record: Record) -> None:
-    """Measure: it starts, it answers, it holds its objectives."""
+def verify(plan: RolloutPlan, record: Record, *, occasion: str = "") -> None:
+    """Measure: it starts, it answers, it holds its objectives.
+
+    Without an `occasion` of its own, pods that an earlier sweep has measured are not measured again.
+    """
     story = record.story
     start = story.run(wait_until_available, plan)
     record.keep(startup=start.model_dump(mode="json"))
@@ -164,7 +167,7 @@ def verify(plan: RolloutPlan, record: Record) -> None:
     if plan.policy.autoscaling is not None:
         story.skip("benchmark", "replicas that come and go have no curve; the profile of one was measured before")
         return
-    benchmark = story.run(benchmark_model, plan, start.pods, plan.policy.benchmark)
+    benchmark = story.run(benchmark_server, plan, start.pods, plan.policy.benchmark, occasion)
     record.keep(benchmark=benchmark)
     verdict = story.run(judge_objectives, plan, smoke, benchmark)
     record.keep(objectives=verdict)

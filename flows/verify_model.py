@@ -30,15 +30,18 @@ def verify_model(request: RolloutRequest, report_file: str | None = None) -> Rol
             rolled out.
     """
     spec = resolve(request)
-    plan = _plan_of_what_serves(request).model_copy(update={"policy": spec.policy, "target": spec.target})
+    plan = plan_of_what_serves(request).model_copy(update={"policy": spec.policy, "target": spec.target})
     with recorded(spec.target, report_file) as record:
         record.keep(plan=plan)
-        verify(plan, record)
+        verify(plan, record, occasion=record.report.run_id)
     return record.report
 
 
-def _plan_of_what_serves(request: RolloutRequest) -> RolloutPlan:
-    """The newest plan that was applied; of several revisions, that of the one that the cluster says is live."""
+def plan_of_what_serves(request: RolloutRequest) -> RolloutPlan:
+    """The newest plan that was applied; of several revisions, that of the one that the cluster says is live.
+
+    Raises BadInput where nothing serves, or where the records do not know what does.
+    """
     spec = resolve(request)
     name = spec.serving.name
     records = in_order(RecordStore(spec.target).read_all())
@@ -46,7 +49,7 @@ def _plan_of_what_serves(request: RolloutRequest) -> RolloutPlan:
     if report is None or report.plan is None:
         raise BadInput(
             f"no record says that {name} serves on {spec.target.name}.",
-            where="verify",
+            where=f"target {spec.target.name}",
             resolution=f"Roll it out first: llm-rollout rollout {request.model} --target {request.target}",
         )
     if not report.plan.policy.delivery.by_revisions:
@@ -59,7 +62,7 @@ def _plan_of_what_serves(request: RolloutRequest) -> RolloutPlan:
     if plan is None:
         raise BadInput(
             f"no record tells what {live or 'nothing'}, which is live, should be.",
-            where=f"verify {name} on {spec.target.name}",
+            where=f"{name} on {spec.target.name}",
             resolution="Finish the delivery by rolling it out again; `llm-rollout status` shows what the records know.",
         )
     return plan

@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from rollout.curve import Curve, bracket, build_curve, is_sustained, plateau_ttft_s, saturation_rate
 from rollout.stage import Stage
@@ -77,6 +77,9 @@ class BenchmarkSpec(Value):
     drain_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """How long answers may still run after a stage's last request before they are cut off."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    load_image: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]\S*$")] | None = None
+    """Image of inference-perf, best by digest (`…/inference-perf@sha256:…`) or from a mirror of your own; None: the
+    release whose reports this version reads (`rollout.inference_perf.IMAGE`)."""
     prompt_salt: str | None = None
     """Decides, with the workload's seed, the words of the prompts. None: new words in every run, so that a second run
     does not find the first one's prompts in the prefix cache. Give the `prompt_salt` of a report to send its very

@@ -29,6 +29,16 @@ class CurveRecord(Value):
     def environment(self) -> Environment:
         return self.report.environment
 
+    def is_comparable_with(self, other: CurveRecord) -> bool:
+        """Same load, model name and accelerators; commit, image and flags may differ: that is what is compared."""
+
+        def what(record: CurveRecord) -> tuple[object, ...]:
+            environment = record.environment
+            load = record.report.spec.workload.key
+            return load, environment.model, environment.accelerator, environment.accelerator_count
+
+        return what(self) == what(other)
+
     @property
     def key(self) -> str:
         """`<workload key>/<UTC time>-<environment key>.json`: one prefix holds all that may be compared."""
@@ -65,11 +75,13 @@ def record_to_keep(
     return None if known.good == good else known.model_copy(update={"good": good})
 
 
-def records_of(store: HistoryStore, workload_key: str, *, model: str | None = None) -> list[CurveRecord]:
-    """All records of a workload, oldest first; of one served model, if given."""
-    keys = sorted(key for key in store.keys(f"{workload_key}/") if key.endswith(".json"))
+def records_of(store: HistoryStore, workload_key: str | None = None, *, model: str | None = None) -> list[CurveRecord]:
+    """All records of a workload (None: of all), oldest first; of one served model, if given."""
+    prefix = "" if workload_key is None else f"{workload_key}/"
+    keys = (key for key in store.keys(prefix) if key.endswith(".json"))
     records = [CurveRecord.model_validate(store.read(key)) for key in keys]
-    return [record for record in records if model is None or record.environment.model == model]
+    chosen = (record for record in records if model is None or record.environment.model == model)
+    return sorted(chosen, key=lambda record: (record.report.started_at, record.key))
 
 
 def last_good(records: Sequence[CurveRecord], *, before: datetime | None = None) -> CurveRecord | None:

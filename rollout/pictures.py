@@ -49,6 +49,15 @@ _PAPER: dict[str, Any] = {"facecolor": "white", "alpha": 0.75, "edgecolor": "non
 """Behind text, so that lines and hatches do not run through it."""
 
 
+def curve_pictures(stages: Sequence[Stage], *, title: str, limits: Sequence[LatencyLimit] = ()) -> dict[str, bytes]:
+    """The three pictures of a sweep, by name."""
+    return {
+        "latency-over-throughput": latency_over_throughput(stages, title=title, limits=limits),
+        "ttft-over-rate": ttft_over_rate(stages, title=title, limits=limits),
+        "tokens-over-rate": tokens_over_rate(stages, title=title),
+    }
+
+
 def latency_over_throughput(stages: Sequence[Stage], *, title: str, limits: Sequence[LatencyLimit] = ()) -> bytes:
     """The quickstart's latency profile in its three zones: median TTFT, NTPOT and ITL over output tokens/s.
 

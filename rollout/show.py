@@ -11,6 +11,7 @@ from rollout.critical_path import chain_sentence, timeline
 from rollout.dashboards import console_links
 from rollout.delivery import DeliveryReport
 from rollout.diagnosis import Diagnosis
+from rollout.history import Comparison
 from rollout.objectives import Verdict
 from rollout.plan import RolloutPlan, known_price
 from rollout.preflight import CheckState
@@ -21,7 +22,7 @@ from rollout.target import Approval
 from rollout.waterfall import Waterfall
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """A markdown table; pipes and line breaks in cells are escaped."""
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
@@ -164,6 +165,17 @@ def verdict_markdown(verdict: Verdict) -> str:
     parts = [verdict.summary(), table(columns, rows)]
     if verdict.cost is not None:
         parts.append(cost_sentence(verdict.cost))
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Two curves side by side, and what differs in how they were served."""
+    parts = [
+        "## Against the last good curve",
+        f"Of `{comparison.before}`.",
+        table(("figure", "before", "after", "change"), (row.values() for row in comparison.table())),
+    ]
+    parts += [f"- {name}: `{old or '–'}` → `{new or '–'}`" for name, (old, new) in comparison.changed.items()]
     return "\n\n".join(parts) + "\n"
 
 

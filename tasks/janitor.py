@@ -42,6 +42,7 @@ FLOWS = (
     "publish-weights",
     "plan-model",
     "verify-model",
+    "benchmark-model",
     "watch-releases",
     "janitor",
     "recommend-model",

@@ -17,14 +17,14 @@ from rollout.clients.openai_api import run_smoke_suite
 from rollout.clients.records import RecordStore
 from rollout.cost import TokenCost, cost_at_knee
 from rollout.errors import ObjectivesMissed, SmokeFailed
-from rollout.history import keep, last_good, record_to_keep, records_of
+from rollout.history import CurveRecord, compare, keep, last_good, record_to_keep, records_of
 from rollout.objectives import Verdict, judge
 from rollout.objects import port_forward_line
-from rollout.pictures import latency_over_throughput, tokens_over_rate, ttft_over_rate
+from rollout.pictures import curve_pictures
 from rollout.plan import RolloutPlan, known_price
 from rollout.profiling import environment_of
 from rollout.report import StepStatus
-from rollout.show import benchmark_markdown, curve_summary, verdict_markdown
+from rollout.show import benchmark_markdown, comparison_markdown, curve_summary, verdict_markdown
 from rollout.smoke import CANARIES, Capabilities, SmokeReport, with_expectations
 from rollout.stage import Stage
 from tasks.credentials import hub_token
@@ -73,8 +73,15 @@ def require_passed(report: SmokeReport) -> None:
 
 
 @step("benchmark", retries=1)
-def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpec) -> Outcome[BenchmarkReport]:
-    """Load sweep to saturation. Finished stages of the same pods are not measured again."""
+def benchmark_server(
+    plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpec, occasion: str = ""
+) -> Outcome[BenchmarkReport]:
+    """Load sweep to saturation. Finished stages of the same pods are not measured again on the same occasion.
+
+    A rollout needs no occasion: new pods are one, and pods that it left alone have been measured. Whoever wants to know
+    how pods do that have served for weeks names one.
+    """
+    pods = (*pods, *([occasion] if occasion else []))
     logger = get_run_logger()
     environment = environment_of(plan.model, plan.serving, plan.target)
     store = StageStore(plan.target, environment, spec, pods, plan.policy.objectives.request_limits)
@@ -111,7 +118,9 @@ def benchmark_model(plan: RolloutPlan, pods: tuple[str, ...], spec: BenchmarkSpe
         ),
         pictures=tuple(
             Artifact(f"benchmark-{name}", f"Load sweep of {environment.model}: {name}", png=png)
-            for name, png in _pictures(plan, report).items()
+            for name, png in curve_pictures(
+                report.stages, title=plan.serving.served_model_name, limits=plan.policy.objectives.latencies
+            ).items()
         ),
     )
 
@@ -155,40 +164,39 @@ def measure(
 
 
 @step("objectives")
-def judge_objectives(plan: RolloutPlan, smoke: SmokeReport, benchmark: BenchmarkReport) -> Outcome[Verdict]:
-    """Hold what was measured against the policy's objectives and the last good curve; keep the curve for the next."""
+def judge_objectives(plan: RolloutPlan, smoke: SmokeReport | None, benchmark: BenchmarkReport) -> Outcome[Verdict]:
+    """Hold what was measured against the policy's objectives and the last good curve; keep the curve for the next.
+
+    Without a smoke suite its checks are not judged.
+    """
+    objectives = plan.policy.objectives
+    if smoke is None:
+        objectives = objectives.model_copy(update={"smoke_checks": ()})
     store = BucketHistory(plan.target)
     curves = records_of(store, benchmark.spec.workload.key, model=benchmark.environment.model)
     others = [curve for curve in curves if curve.report.stages != benchmark.stages]
     baseline = last_good(others, before=benchmark.started_at)
     cost = _cost(plan, benchmark)
     verdict = judge(
-        plan.policy.objectives,
+        objectives,
         benchmark.stages,
         cost=cost,
-        passed_checks=smoke.passed_checks,
+        passed_checks=smoke.passed_checks if smoke else frozenset(),
         baseline=baseline.report.stages if baseline else (),
     )
     record = record_to_keep(curves, benchmark, good=verdict.met, run_name=plan.title)
     if record is not None:
         keep(store, record)
+    page = verdict_markdown(verdict)
+    if baseline is not None:
+        page += "\n" + comparison_markdown(compare(baseline, CurveRecord(report=benchmark)))
     return Outcome(
         value=verdict,
         summary=verdict.summary() + (f"; {cost.usd_per_million_output_tokens:.3g} USD/M output tokens" if cost else ""),
         status=StepStatus.DONE if verdict.met else StepStatus.FAILED,
         data={"cost": cost.model_dump(mode="json") if cost else None},
-        artifact=Artifact("objectives", "Objectives: limit, measured, margin", markdown=verdict_markdown(verdict)),
+        artifact=Artifact("objectives", "Objectives: limit, measured, margin", markdown=page),
     )
-
-
-def _pictures(plan: RolloutPlan, report: BenchmarkReport) -> dict[str, bytes]:
-    """PNG files by name."""
-    title, limits = plan.serving.served_model_name, plan.policy.objectives.latencies
-    return {
-        "latency-over-throughput": latency_over_throughput(report.stages, title=title, limits=limits),
-        "ttft-over-rate": ttft_over_rate(report.stages, title=title, limits=limits),
-        "tokens-over-rate": tokens_over_rate(report.stages, title=title),
-    }
 
 
 def require_met(verdict: Verdict) -> None:

@@ -39,7 +39,7 @@ class FolderHistory:
 
     def keys(self, prefix: str) -> Sequence[str]:
         folder = self._folder / prefix
-        return sorted(str(path.relative_to(self._folder)) for path in folder.glob("*.json")) if folder.is_dir() else []
+        return sorted(str(path.relative_to(self._folder)) for path in folder.rglob("*.json")) if folder.is_dir() else []
 
 
 class BucketHistory:

@@ -31,7 +31,8 @@ class JobWait:
         self._name = name
         self._on_progress = on_progress
         self._shown: dict[str, str] = {}
-        self._first_seen: dict[Category, float] = {}
+        self._fault: tuple[Category, float] | None = None
+        """The fault that is there, and since when; one that went away begins anew when it returns."""
         self.where = f"Job {cluster.target.namespace}/{name}"
 
     @property
@@ -55,11 +56,14 @@ class JobWait:
         names = {pod["metadata"]["name"] for pod in pods}
         running = any((each.get("state") or {}).get("running") for pod in pods for each in container_statuses(pod))
         if running:
+            self._fault = None
             return
         listed = self._api.get(self._path("v1", "Event"))["items"]
         events = [each for each in listed if (each.get("involvedObject") or {}).get("name") in {*names, self._name}]
         diagnosis = diagnose(StartupObservation(pods=pods, events=events, target=self._target))
-        if diagnosis is not None and self._has_lasted(diagnosis):
+        if diagnosis is None:
+            self._fault = None
+        elif self._has_lasted(diagnosis):
             raise self.failure(
                 f"{self.what} does not start: {diagnosis.summary}",
                 where=self.where,
@@ -76,8 +80,9 @@ class JobWait:
 
     def _has_lasted(self, diagnosis: Diagnosis) -> bool:
         now = time.monotonic()
-        since = self._first_seen.setdefault(diagnosis.category, now)
-        return now - since >= max(POLL_S, diagnosis.patience_s)
+        if self._fault is None or self._fault[0] is not diagnosis.category:
+            self._fault = (diagnosis.category, now)
+        return now - self._fault[1] >= max(POLL_S, diagnosis.patience_s)
 
     def _show(self, pod: Mapping[str, Any]) -> None:
         name = pod["metadata"]["name"]

@@ -55,7 +55,6 @@ class LoadJobs:
         metrics_url: str,
         limits: RequestLimits | None = None,
         hub_token: str | None = None,
-        image: str = inference_perf.IMAGE,
         on_progress: Callable[[str], None] = log.info,
     ) -> None:
         """`pods` are the ones that serve: new pods are a new measurement. `metrics_url` is their endpoint from here."""
@@ -66,7 +65,7 @@ class LoadJobs:
         self._metrics_url = metrics_url
         self._limits = limits
         self._hub_token = hub_token
-        self._image = image
+        self._image = spec.load_image or inference_perf.IMAGE
         self._on_progress = on_progress
 
     def measure(self, planned: PlannedStage, *, repeat: int = 0) -> Stage:

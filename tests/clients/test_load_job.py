@@ -110,7 +110,8 @@ def left_behind(cluster: ClusterClient, plan: RolloutPlan) -> set[str]:
 
 
 def jobs(cluster: ClusterClient, plan: RolloutPlan, url: str = "http://127.0.0.1:9", **changes: Any) -> LoadJobs:
-    return LoadJobs(cluster, plan, SPEC, pods=("a",), metrics_url=url, **changes)
+    spec = SPEC.model_copy(update={"load_image": changes.pop("image", None)})
+    return LoadJobs(cluster, plan, spec, pods=("a",), metrics_url=url, **changes)
 
 
 def test_a_sweep_runs_in_the_cluster_and_leaves_nothing_behind(cluster: ClusterClient, plan: RolloutPlan) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -111,3 +114,28 @@ def test_the_live_revision_is_asked_and_measured_from_inside_the_cluster(stage: 
     assert [(each.rate_per_s, each.completed) for each in verified.benchmark.stages] == [(4.0, 8)]
     kinds = {each["kind"] for each in ClusterClient.connect(stage.target).inventory()}
     assert not kinds & {"Job", "ConfigMap"}
+
+
+def test_what_serves_is_measured_anew_and_its_curve_is_kept(stage: Stage) -> None:
+    """A nightly check of pods that have served for weeks is a measurement, not yesterday's figures."""
+    load = BenchmarkSpec(workload=fixed_workload(16, 4), rates_per_s=(4.0, 8.0), stage_duration_s=1.0)
+    policy = {"benchmark": load.model_dump(mode="json"), "objectives": {"max_failed_share": 0.0}}
+    first = rollout_model(stage.request(**policy))
+    assert first.benchmark is not None
+
+    settings = stage.folder / "policy.yaml"
+    settings.write_text(yaml.safe_dump(policy | {"objectives": {"max_failed_share": 0.0, "demand_rate_per_s": 40.0}}))
+    place = ("--target", str(stage.target_file))
+    arguments = (*place, "--policy", str(settings), "--report", str(stage.report_file))
+    text = shown("benchmark-model", str(stage.model_file), *arguments)
+    assert "replicas for 40 requests/s" in text
+    measured = RolloutReport.model_validate_json(stage.report_file.read_text())
+    assert measured.verdict is Verdict.DONE
+    assert {step.name for step in measured.steps} == {"wait until available", "benchmark", "objectives"}
+    verified = verify_model(stage.request(**policy))
+    curves = [report.benchmark.stages for report in (first, measured, verified) if report.benchmark]
+    assert len({stages[0].e2e_s for stages in curves}) == 3, "one of them was not measured"
+
+    listed = json.loads(shown("curves", "list", *place, "--json"))
+    assert [row["good"] for row in listed] == ["yes"] * 3
+    assert "output tokens/s at saturation" in shown("curves", "compare", *place)

@@ -111,14 +111,14 @@ def test_every_target_with_a_rollout_has_what_belongs_to_it() -> None:
     assert incomplete == []
 
 
-def test_whatever_is_rolled_out_is_verified_and_its_releases_are_watched() -> None:
+def test_whatever_is_rolled_out_is_verified_and_measured_and_its_releases_are_watched() -> None:
     def pairs(flow: str) -> set[tuple[str, str]]:
         requests = [each["parameters"]["request"] for each in DEPLOYMENTS if each["entrypoint"].endswith(f".{flow}")]
         return {(request["model"], request["target"]) for request in requests}
 
     watches = [each["parameters"]["request"] for each in DEPLOYMENTS if each["entrypoint"].endswith(".watch_releases")]
     watched = {(followed["model"], watch["target"]) for watch in watches for followed in watch["follow"]}
-    assert pairs("rollout_model") == pairs("verify_model") == watched
+    assert pairs("rollout_model") == pairs("verify_model") == pairs("benchmark_model") == watched
 
 
 def test_the_form_begins_with_what_people_decide_on_and_names_units() -> None:
