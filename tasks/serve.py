@@ -8,7 +8,7 @@ from prefect import get_run_logger
 
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.cluster_wait import FailedStart, LogLine, Progress, WaitReport
-from rollout.clients.first_token import with_first_token
+from rollout.clients.first_token import with_first_tokens
 from rollout.clients.quickstart import versions_of
 from rollout.diagnosis import Category, StartupObservation, is_complaint
 from rollout.diff import diff_markdown
@@ -71,8 +71,7 @@ def watch_start(
                 failed_start_markdown(failure.summary, failure.diagnosis, failure.waterfalls, failure.log_tail)
             )
             raise
-        with cluster.endpoint(serving.service_name) as base_url:
-            report = with_first_token(available, base_url, serving.served_model_name)
+        report = with_first_tokens(available, cluster, serving.service_name, serving.served_model_name)
         report = report.model_copy(update={"ran_on": versions_of(target, serving.accelerator.type)})
         bar.update(100.0, "one token has come back")
     waterfalls = "\n\n".join(waterfall.markdown for waterfall in report.waterfalls)

@@ -365,9 +365,12 @@ class ClusterClient:
         """Pass on the log lines of all pods of the Deployment `name`, from now on, until `stop` is set."""
         follow_deployment_logs(self.api, self.target.namespace, name, on_line, stop)
 
-    def endpoint(self, service_name: str) -> AbstractContextManager[str]:
-        """The Service's base URL: its DNS name inside the cluster, otherwise a port-forward that lives in the block."""
-        return service_endpoint(self.api, self.target.namespace, service_name)
+    def endpoint(self, service_name: str, *, pod: str | None = None) -> AbstractContextManager[str]:
+        """The Service's base URL, or that of one `pod` behind it.
+
+        Its address inside the cluster, otherwise a port-forward that lives in the block.
+        """
+        return service_endpoint(self.api, self.target.namespace, service_name, pod=pod)
 
     # --- Parts --------------------------------------------------------------------------------------------------------
 

@@ -80,14 +80,17 @@ class WaitReport(Value):
     healed: tuple[Diagnosis, ...] = ()
     """Faults that were seen on the way and went away."""
     first_token_s: float | None = None
-    """How long the first request took; None as long as nobody has asked."""
+    """How long the first request to the Service took; None as long as nobody has asked."""
     ran_on: ValidatedWith = ValidatedWith()
     """Versions of cluster, nodes and driver, where GKE says them."""
 
-    def with_first_token(self, took_s: float) -> WaitReport:
+    def with_first_tokens(self, service_s: float, by_pod: Mapping[str, float]) -> WaitReport:
         """The report with the last bar of each waterfall: ready is what has answered."""
-        waterfalls = tuple(waterfall.with_first_token(took_s) for waterfall in self.waterfalls)
-        return self.model_copy(update={"waterfalls": waterfalls, "first_token_s": took_s})
+        waterfalls = tuple(
+            waterfall.with_first_token(by_pod[waterfall.pod]) if waterfall.pod in by_pod else waterfall
+            for waterfall in self.waterfalls
+        )
+        return self.model_copy(update={"waterfalls": waterfalls, "first_token_s": service_s})
 
 
 class FailedStart(RolloutError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from rollout.clients.cluster import ClusterClient
 from rollout.clients.cluster_wait import WaitReport
 from rollout.clients.openai_api import OpenAiApi
 from rollout.errors import SmokeFailed, StartupFailed
@@ -15,17 +16,33 @@ PATIENCE_S = 60.0
 RETRY_S = 1.0
 
 
-def with_first_token(report: WaitReport, base_url: str, model: str, *, patience_s: float = PATIENCE_S) -> WaitReport:
-    """Ask the server that has just become available for one token, and add it to its start.
+def with_first_tokens(report: WaitReport, cluster: ClusterClient, service: str, model: str) -> WaitReport:
+    """Ask the Service that has just become available for one token, then each of its pods, and add it to their starts.
 
-    Raises StartupFailed, with the reason, if there is none within `patience_s`.
+    Of a single pod the Service's answer is its own. Raises StartupFailed, with the reason, if there is no token.
+    """
+    with cluster.endpoint(service) as base_url:
+        service_s = first_token_s(base_url, model)
+    if len(report.pods) == 1:
+        return report.with_first_tokens(service_s, {report.pods[0]: service_s})
+    by_pod = {}
+    for pod in report.pods:
+        with cluster.endpoint(service, pod=pod) as base_url:
+            by_pod[pod] = first_token_s(base_url, model)
+    return report.with_first_tokens(service_s, by_pod)
+
+
+def first_token_s(base_url: str, model: str, *, patience_s: float = PATIENCE_S) -> float:
+    """How long a server takes to give one token; asked again for `patience_s`, because its address may be news.
+
+    Raises StartupFailed, with the reason, if it gives none.
     """
     gives_up = time.monotonic() + patience_s
     while True:
         began = time.monotonic()
         try:
             _one_token(OpenAiApi(base_url), model)
-            return report.with_first_token(time.monotonic() - began)
+            return time.monotonic() - began
         except SmokeFailed as error:
             if time.monotonic() >= gives_up:
                 raise StartupFailed(

@@ -34,7 +34,8 @@ POLICY_ATTEMPTS = 8
 """Conflicts in a row before giving up: about half a minute with jitter, far beyond any honest race."""
 
 VISIBLE_ATTEMPTS = 10
-"""Google: a new account can take 60 seconds or more until it can be read. Ten attempts wait up to two minutes."""
+"""Google: a new account can take 60 seconds or more until it can be read. Ten attempts wait up to two minutes. The same
+for a grant to be read back."""
 
 PolicyDocument = dict[str, Any]
 """`{version, etag, bindings: [{role, members, condition?}], …}` as the APIs give it; unknown fields are kept."""
@@ -183,9 +184,14 @@ class BucketPolicy:
 def ensure_binding(store: PolicyStore, role: str, member: str) -> Change | None:
     """Let `member` have `role` on the store, unconditionally; None if it has it already.
 
-    A binding of the same role under a condition is somebody else's and stays; the member gets one without.
+    A binding of the same role under a condition is somebody else's and stays; the member gets one without. A new one is
+    awaited until it can be read. Until it is enforced, two to seven minutes may pass, and no API tells: the pods are
+    asked, and their refusals of that time are taken for what they are (`rollout.diagnosis`, patience).
     """
-    return _change_policy(store, role, member, with_member, Action.CREATED)
+    change = _change_policy(store, role, member, with_member, Action.CREATED)
+    if change is not None:
+        with_retries(lambda: _require_visible(store, role, member), attempts=VISIBLE_ATTEMPTS)
+    return change
 
 
 def remove_binding(store: PolicyStore, role: str, member: str) -> Change | None:
@@ -196,6 +202,15 @@ def remove_binding(store: PolicyStore, role: str, member: str) -> Change | None:
 def has_binding(store: PolicyStore, role: str, member: str) -> bool:
     """Whether `member` has `role` on the store, unconditionally."""
     return with_member(store.read(), role, member) is None
+
+
+def _require_visible(store: PolicyStore, role: str, member: str) -> None:
+    if not has_binding(store, role, member):
+        raise TransientError(
+            f"{role} was granted to {member} and cannot be read yet.",
+            where=store.name,
+            resolution="IAM is slow today: run again, nothing needs to be undone.",
+        )
 
 
 def binding_name(store_name: str, role: str, member: str) -> str:

@@ -39,15 +39,21 @@ _RETRY_S = 0.3
 
 
 @contextmanager
-def service_endpoint(api: ClusterApi, namespace: str, service_name: str) -> Iterator[str]:
-    """The Service's base URL, without a trailing slash. Raises NotFound if there is no such Service."""
+def service_endpoint(api: ClusterApi, namespace: str, service_name: str, *, pod: str | None = None) -> Iterator[str]:
+    """The Service's base URL, without a trailing slash, or that of one `pod` behind it.
+
+    Raises NotFound if there is no such Service or pod.
+    """
     service = api.get(api.resource("v1", "Service").path(namespace, service_name))
+    behind = None if pod is None else api.get(api.resource("v1", "Pod").path(namespace, pod))
     host = f"{service_name}.{namespace}.svc.cluster.local"
-    if _is_inside(host, service):
+    if not _is_inside(host, service):
+        with PortForward(api, service, behind) as forward:
+            yield forward.url
+    elif behind is None:
         yield f"http://{host}:{service['spec']['ports'][0]['port']}"
-        return
-    with PortForward(api, service) as forward:
-        yield forward.url
+    else:
+        yield f"http://{behind['status']['podIP']}:{_port_number(behind, _target_port(service))}"
 
 
 def _is_inside(host: str, service: KubernetesObject) -> bool:
@@ -63,12 +69,13 @@ def _is_inside(host: str, service: KubernetesObject) -> bool:
 class PortForward:
     """A loopback port whose connections end at the ready pods of a Service, in turn.
 
-    A connection that breaks ends alone: the next one goes to a pod that is ready then.
+    A connection that breaks ends alone: the next one goes to a pod that is ready then. With `only`, all go to that pod.
     """
 
-    def __init__(self, api: ClusterApi, service: KubernetesObject) -> None:
+    def __init__(self, api: ClusterApi, service: KubernetesObject, only: KubernetesObject | None = None) -> None:
         self._api = api
         self._service = service
+        self._only = only
         self._pods: list[tuple[str, int]] = []
         self._pods_known_at = float("-inf")
         self._loop = asyncio.new_event_loop()
@@ -191,10 +198,12 @@ class PortForward:
 
     def _list_ready_pods(self) -> list[tuple[str, int]]:
         """Names of the pods behind the Service, with the port that it leads to."""
+        wanted = _target_port(self._service)
+        if self._only is not None:
+            return [(self._only["metadata"]["name"], _port_number(self._only, wanted))]
         spec, namespace = self._service["spec"], self._service["metadata"]["namespace"]
         selector = ",".join(f"{key}={value}" for key, value in spec["selector"].items())
         listing = self._api.get(self._api.resource("v1", "Pod").path(namespace), {"labelSelector": selector})
-        wanted = spec["ports"][0].get("targetPort", spec["ports"][0]["port"])
         return [(pod["metadata"]["name"], _port_number(pod, wanted)) for pod in listing["items"] if _is_ready(pod)]
 
 
@@ -202,6 +211,12 @@ def _is_ready(pod: KubernetesObject) -> bool:
     conditions = pod.get("status", {}).get("conditions") or []
     ready = any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
     return ready and not pod["metadata"].get("deletionTimestamp")
+
+
+def _target_port(service: KubernetesObject) -> int | str:
+    port = service["spec"]["ports"][0]
+    wanted: int | str = port.get("targetPort", port["port"])
+    return wanted
 
 
 def _port_number(pod: KubernetesObject, wanted: int | str) -> int:

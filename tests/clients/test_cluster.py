@@ -792,6 +792,16 @@ def test_requests_go_to_all_ready_pods(running: ClusterClient) -> None:
     assert len(names) == 2
 
 
+def test_each_pod_behind_a_service_can_be_asked_alone(running: ClusterClient) -> None:
+    running.apply([namespace_of(running), program(running, "serve", replicas=2), service(running)])
+    report = running.wait_available("web", deadline_s=DEADLINE_S)
+    for pod in report.pods:
+        with running.endpoint("web", pod=pod) as url:
+            assert {requests.get(f"{url}/name", timeout=60).text for _ in range(5)} == {pod}
+    with pytest.raises(NotFound), running.endpoint("web", pod="nobody"):
+        pass
+
+
 def test_an_endpoint_needs_its_service(client: ClusterClient) -> None:
     with pytest.raises(NotFound), client.endpoint("nothing"):
         pass

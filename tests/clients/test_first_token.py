@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from rollout.clients.cluster_wait import WaitReport
-from rollout.clients.first_token import with_first_token
+from rollout.clients.first_token import first_token_s
 from rollout.errors import StartupFailed
 from rollout.report import utc_now
 from rollout.waterfall import Stage, StageTime, Waterfall
@@ -20,26 +20,32 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running
 
 
-def report() -> WaitReport:
+def report(*pods: str) -> WaitReport:
     scheduling = StageTime(stage=Stage.SCHEDULING, start_s=0.0, duration_s=1.0)
-    waterfall = Waterfall(pod="pod-1", created_at=utc_now(), stages=(scheduling,))
-    return WaitReport(deployment="web", revision="1", duration_s=60.0, pods=("pod-1",), waterfalls=(waterfall,))
+    waterfalls = tuple(Waterfall(pod=pod, created_at=utc_now(), stages=(scheduling,)) for pod in pods)
+    return WaitReport(deployment="web", revision="1", duration_s=60.0, pods=pods, waterfalls=waterfalls)
 
 
-def test_the_first_token_is_the_last_bar_of_the_start(url: str) -> None:
-    answered = with_first_token(report(), url, MODEL)
-    assert answered.first_token_s is not None
-    last = answered.waterfalls[0].stages[-1]
-    assert last.stage is Stage.FIRST_TOKEN
-    assert (last.start_s, last.duration_s) == (1.0, answered.first_token_s)
+def test_the_first_token_is_the_last_bar_of_each_pods_own_start() -> None:
+    answered = report("pod-1", "pod-2").with_first_tokens(0.5, {"pod-1": 0.5, "pod-2": 2.0})
+    assert answered.first_token_s == 0.5
+    last = [waterfall.stages[-1] for waterfall in answered.waterfalls]
+    assert [(bar.stage, bar.start_s, bar.duration_s) for bar in last] == [
+        (Stage.FIRST_TOKEN, 1.0, 0.5),
+        (Stage.FIRST_TOKEN, 1.0, 2.0),
+    ]
+
+
+def test_a_server_gives_one_token(url: str) -> None:
+    assert first_token_s(url, MODEL) > 0
 
 
 def test_ready_pods_that_give_no_token_are_not_ready(url: str) -> None:
     with pytest.raises(StartupFailed, match=r"no token.*does not exist"):
-        with_first_token(report(), url, "another/model", patience_s=0.0)
+        first_token_s(url, "another/model", patience_s=0.0)
 
 
 def test_an_endpoint_that_refuses_connections_is_explained_as_in_the_tutorial() -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(StartupFailed, match=r"Connection refused.*port-forward"):
-        with_first_token(report(), nowhere, MODEL, patience_s=0.0)
+        first_token_s(nowhere, MODEL, patience_s=0.0)

@@ -185,6 +185,36 @@ def test_writers_that_race_on_one_policy_lose_no_binding(target: Target, store_o
     assert all(has_binding(store_of(target), role, member) for member in members)
 
 
+def test_a_grant_is_awaited_until_it_can_be_read(target: Target) -> None:
+    store = _ShowsLate(BucketPolicy(target, target.bucket), stale_reads=2)
+    assert ensure_binding(store, OBJECT_VIEWER, "user:late@example.com") is not None
+    assert has_binding(store, OBJECT_VIEWER, "user:late@example.com")
+    assert store.stale_reads == 0
+
+
+class _ShowsLate:
+    """A policy store that answers its first reads after a write with the policy from before."""
+
+    def __init__(self, store: PolicyStore, stale_reads: int) -> None:
+        self._store = store
+        self.stale_reads = stale_reads
+        self._before: PolicyDocument | None = None
+
+    @property
+    def name(self) -> str:
+        return self._store.name
+
+    def read(self) -> PolicyDocument:
+        if self._before is not None and self.stale_reads:
+            self.stale_reads -= 1
+            return self._before
+        return self._store.read()
+
+    def write(self, policy: PolicyDocument) -> None:
+        self._before = self._store.read()
+        self._store.write(policy)
+
+
 class _ReadTogether:
     """A policy store whose first read waits for the other writers' first reads."""
 
