@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
@@ -614,11 +615,18 @@ class GarbageCollector(Controller):
 
 
 class NamespaceController(Controller):
-    """Gives a new namespace its service account and CA bundle, and empties one that goes away."""
+    """Gives a new namespace its service account and CA bundle, and empties one that goes away.
 
-    def __init__(self, registry: Registry, recorder: Recorder, ca_pem: str) -> None:
+    Emptying begins `deletion_s` after the deletion (Kubernetes: 5 s, for API servers that have not heard of it yet);
+    until then the namespace is Terminating and still holds everything.
+    """
+
+    def __init__(self, registry: Registry, recorder: Recorder, ca_pem: str, deletion_s: float) -> None:
         super().__init__(registry, recorder)
         self._ca_pem = ca_pem
+        self._deletion_s = deletion_s
+        self._deleted_at: dict[str, float] = {}
+        """Uid of a Terminating namespace -> when it was first seen so."""
 
     def keys(self, change: Change) -> Iterable[Key]:
         if change.resource == NAMESPACE:
@@ -632,6 +640,10 @@ class NamespaceController(Controller):
             return None
         name = key[1]
         if "deletionTimestamp" in namespace["metadata"]:
+            now = time.monotonic()
+            since = self._deleted_at.setdefault(namespace["metadata"]["uid"], now)
+            if now - since < self._deletion_s:
+                return self._deletion_s - (now - since)
             self._empty(namespace)
             return None
         if self.store.get(SERVICE_ACCOUNT, name, "default") is None:
@@ -651,6 +663,7 @@ class NamespaceController(Controller):
         current = self.store.get(NAMESPACE, "", name)
         if not left and current is not None:
             self.store.remove(NAMESPACE, current)
+            self._deleted_at.pop(current["metadata"]["uid"], None)
 
 
 def matching_pods(store: Store, namespace: str, selector: Object) -> list[Object]:

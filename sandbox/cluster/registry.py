@@ -252,7 +252,7 @@ class Registry:
         if dry_run:
             return obj
         if obj["metadata"].get("deletionTimestamp") and not obj["metadata"].get("finalizers") and resource != POD:
-            self.store.commit(resource, obj)
+            # Taking the last finalizer is the deletion itself: watches see no version without it.
             return self.store.remove(resource, obj)
         return self.store.commit(resource, obj)
 

@@ -104,8 +104,8 @@ class KubernetesServer(LoopbackServer):
     `on_node` is told of every node that comes ("ADDED") or goes ("DELETED"), in the server's loop.
     `token` is the administrator's when it is given; without it whoever calls is one. Service accounts have tokens of
     their own (`service_account_token`) and the rights that Roles give them. `without_token` is who calls without one.
-    Settings of nodes and agents may be changed later
-    through `nodes` and `agent_settings`.
+    `namespace_deletion_s` is how long a deleted namespace keeps what it holds (Kubernetes: 5 s).
+    Settings of nodes and agents may be changed later through `nodes` and `agent_settings`.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class KubernetesServer(LoopbackServer):
         backoff_s: float = 1.0,
         longest_probe_period_s: float = 1.0,
         autoscaler: AutoscalerSettings | None = None,
+        namespace_deletion_s: float = 0.5,
     ) -> None:
         authority = make_authority(root / "tls") if tls else None
         super().__init__(port=port, ssl_context=authority.context if authority is not None else None)
@@ -137,6 +138,7 @@ class KubernetesServer(LoopbackServer):
         self.nodes = nodes if nodes is not None else NodeSettings()
         self._autoscaler_settings = autoscaler if autoscaler is not None else AutoscalerSettings()
         self._on_node = on_node
+        self._namespace_deletion_s = namespace_deletion_s
         self.agent_settings = AgentSettings(
             root=root,
             runners={
@@ -181,7 +183,7 @@ class KubernetesServer(LoopbackServer):
                 Scheduler(self._registry, recorder, self._pool),
                 NodeRemover(self._registry, recorder, self._pool),
                 DisruptionBudgetController(self._registry, recorder),
-                NamespaceController(self._registry, recorder, self.ca_pem),
+                NamespaceController(self._registry, recorder, self.ca_pem, self._namespace_deletion_s),
                 GarbageCollector(self._registry, recorder),
             ],
         )

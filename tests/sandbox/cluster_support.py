@@ -27,6 +27,7 @@ from sandbox.cluster import KubernetesServer, NodeSettings
 from tests.real_kubernetes import control_plane, has_controllers
 
 REAL = "KUBECONFIG" in os.environ or "KUBEBUILDER_ASSETS" in os.environ
+HAS_CONTROLLERS = "KUBEBUILDER_ASSETS" not in os.environ or has_controllers(Path(os.environ["KUBEBUILDER_ASSETS"]))
 DEADLINE_S = 60.0
 """For anything that a loaded machine may take long to do."""
 
@@ -116,8 +117,7 @@ class Connection:
             self.core.delete_namespace(name)
 
     def _has_account(self, namespace: str) -> bool:
-        assets = os.environ.get("KUBEBUILDER_ASSETS")
-        if assets and not has_controllers(Path(assets)):
+        if not HAS_CONTROLLERS:
             return True  # nobody makes one
         accounts = self.core.list_namespaced_service_account(namespace).items
         return any(each.metadata.name == "default" for each in accounts)

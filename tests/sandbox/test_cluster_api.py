@@ -16,8 +16,9 @@ from kubernetes import client, watch
 from kubernetes.client import ApiException
 
 from sandbox.cluster import KubernetesServer
-from tests.sandbox.cluster_support import REAL, Connection, api_server, deployment, eventually, sandbox
+from tests.sandbox.cluster_support import HAS_CONTROLLERS, REAL, Connection, api_server, deployment, eventually, sandbox
 
+with_controllers = pytest.mark.skipif(not HAS_CONTROLLERS, reason="needs controllers")
 only_ours = pytest.mark.skipif(REAL, reason="needs the sandbox's switches")
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -535,13 +536,37 @@ def test_a_deletion_of_another_object_is_refused(api: Connection, namespace: str
     assert refused.value.status == 409
 
 
-@only_ours
-def test_nothing_is_created_in_a_namespace_that_goes_away(api: Connection) -> None:
+@with_controllers
+def test_an_owner_deleted_in_the_foreground_goes_after_what_it_owns(api: Connection, namespace: str) -> None:
+    idle = deployment()
+    idle["spec"]["replicas"] = 0
+    api.apps.create_namespaced_deployment(namespace, idle)
+    eventually(lambda: api.apps.list_namespaced_replica_set(namespace).items, "a replica set")
+    version = api.apps.list_namespaced_deployment(namespace).metadata.resource_version
+    answer = api.request("DELETE", f"/apis/apps/v1/namespaces/{namespace}/deployments/web?propagationPolicy=Foreground")
+    assert answer.body["kind"] == "Deployment"
+    assert answer.body["metadata"]["finalizers"] == ["foregroundDeletion"]
+    seen = []
+    follow = api.apps.list_namespaced_deployment
+    for event in watch.Watch().stream(follow, namespace, resource_version=version, timeout_seconds=30):
+        seen.append((event["type"], event["raw_object"]["metadata"].get("finalizers")))
+        if event["type"] == "DELETED":
+            break
+    # The last finalizer's end is the object's: nobody sees it without.
+    assert {tuple(finalizers or ()) for _, finalizers in seen} == {("foregroundDeletion",)}
+    assert seen[-1][0] == "DELETED"
+    assert api.apps.list_namespaced_replica_set(namespace).items == []
+
+
+@with_controllers
+def test_nothing_is_created_in_a_namespace_that_goes_away_and_still_holds_what_it_held(api: Connection) -> None:
     with api.namespace() as name:
         hold = {"metadata": {"name": "m", "finalizers": ["test.example/hold"]}}
         api.core.create_namespaced_config_map(name, hold)
+        api.core.create_namespaced_config_map(name, {"metadata": {"name": "plain"}})
         api.core.delete_namespace(name)
         assert api.core.read_namespace(name).status.phase == "Terminating"
+        assert api.core.read_namespaced_config_map("plain", name).metadata.deletion_timestamp is None
         late = api.request("POST", f"/api/v1/namespaces/{name}/configmaps", {"metadata": {"name": "late"}})
         message = f'configmaps "late" is forbidden: unable to create new content in namespace {name} '
         assert (late.status, late.body["message"]) == (403, message + "because it is being terminated")
