@@ -30,7 +30,7 @@ from tasks.provision import (
     set_up_workload_identity,
 )
 from tasks.record import Record, recorded
-from tasks.serve import apply_manifests, wait_until_available
+from tasks.serve import apply_manifests, prune_shared, wait_until_available
 from tasks.step import Running, Story
 from tasks.teardown import require_nothing_left, tear_down_rollout
 from tasks.verify import benchmark_server, judge_objectives, require_met, require_passed, smoke_test
@@ -68,6 +68,7 @@ def rollout_model(request: RolloutRequest, report_file: str | None = None) -> Ro
                     deliver(plan, record, verify)
                 else:
                     update_in_place(plan, record)
+                record.story.run(prune_shared, plan)
         record.milestone()
     return record.report
 

@@ -20,6 +20,7 @@ from rollout.values import content_digest
 MANAGER = "llm-rollout"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 INSTANCE_LABEL = "app.kubernetes.io/instance"
+COMPUTE_CLASS_LABEL = "cloud.google.com/compute-class"
 ROLLOUT_LABEL = "llm-rollout.dev/rollout"
 MODEL_ANNOTATION = "llm-rollout.dev/model"
 WEIGHTS_ANNOTATION = "llm-rollout.dev/weights-digest"
@@ -305,7 +306,7 @@ def _strategy(serving: ServingSpec) -> dict[str, Any]:
 
 def _node_selector(serving: ServingSpec, target: Target) -> dict[str, str]:
     if uses_compute_class(serving, target):
-        return {"cloud.google.com/compute-class": str(serving.accelerator.compute_class)}
+        return {COMPUTE_CLASS_LABEL: str(serving.accelerator.compute_class)}
     if target.cluster.mode is ClusterMode.KUBECONFIG:
         return {}  # the GPU request alone decides: labels of somebody else's nodes are unknown
     return {"cloud.google.com/gke-accelerator": serving.accelerator.type}

@@ -35,6 +35,7 @@ from rollout.fit import DEFAULT_BOOT_DISK_GIB, WeightsCopy, check_ephemeral_stor
 from rollout.model_facts import ModelFacts
 from rollout.objects import (
     BOOT_DISK_CACHE_LIMIT_BYTES,
+    COMPUTE_CLASS_LABEL,
     INSTANCE_LABEL,
     MANAGED_BY_LABEL,
     MANAGER,
@@ -689,7 +690,7 @@ def _environment(
 
 def _node_selector(chip: AcceleratorType, serving: ServingSpec) -> dict[str, str]:
     if serving.accelerator.compute_class:
-        return {"cloud.google.com/compute-class": serving.accelerator.compute_class}
+        return {COMPUTE_CLASS_LABEL: serving.accelerator.compute_class}
     if chip.kind is AcceleratorKind.TPU:
         return {
             "cloud.google.com/gke-tpu-accelerator": chip.name,

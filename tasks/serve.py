@@ -45,6 +45,21 @@ def apply_manifests(plan: RolloutPlan) -> Outcome[None]:
     )
 
 
+@step("prune")
+def prune_shared(plan: RolloutPlan) -> Outcome[None]:
+    """Take away the compute classes and service accounts of earlier plans that no pod uses any more.
+
+    At the end: as long as the new version is not proven, the old one may have to come back with all it had.
+    """
+    changes = ClusterClient.connect(plan.target).prune_shared(plan.objects)
+    return Outcome(
+        value=None,
+        summary=f"{len(changes)} shared objects of earlier plans are gone" if changes else "nothing is left over",
+        status=StepStatus.DONE if changes else StepStatus.UNCHANGED,
+        changes=changes,
+    )
+
+
 @step("wait until available", retries=1)
 def wait_until_available(plan: RolloutPlan) -> Outcome[WaitReport]:
     """Watch the start until one token has come back; end early, with the diagnosis, when it cannot succeed."""

@@ -36,6 +36,7 @@ from rollout.errors import (
     RolloutError,
 )
 from rollout.objects import (
+    COMPUTE_CLASS_LABEL,
     INSTANCE_LABEL,
     INVENTORY_KINDS,
     MANAGED_BY_LABEL,
@@ -171,6 +172,44 @@ class ClusterClient:
             and not manifest["metadata"].get("ownerReferences")
         ]
         return self.delete(surplus)
+
+    def prune_shared(self, manifests: Sequence[KubernetesObject]) -> tuple[Change, ...]:
+        """Delete what is ours, belongs to no single Deployment, is not in the plan and is used by nobody any more.
+
+        These are ComputeClasses and service accounts, of which a plan with another accelerator or identity has others.
+        Used is what a pod or a Deployment names, old pods that still run included; whoever may not list the pods of all
+        namespaces cannot know, and deletes nothing.
+        """
+        planned = {(manifest["kind"], object_name(manifest)) for manifest in manifests}
+        surplus = [
+            item
+            for item in self.inventory()
+            if item["kind"] in ("ComputeClass", "ServiceAccount")
+            and INSTANCE_LABEL not in item["metadata"].get("labels", {})
+            and (item["kind"], object_name(item)) not in planned
+        ]
+        if not surplus:
+            return ()
+        try:
+            used = self._used_by_pods()
+        except PermissionMissing:
+            return ()
+        return self.delete([item for item in surplus if (item["kind"], object_name(item)) not in used])
+
+    def _used_by_pods(self) -> set[tuple[str, str]]:
+        """(kind, name) of the compute classes and service accounts that pods and Deployments name."""
+        pods = [(item["metadata"]["namespace"], item["spec"]) for item in self.api.get("/api/v1/pods")["items"]]
+        pods += [
+            (item["metadata"]["namespace"], item["spec"]["template"]["spec"])
+            for item in self.api.get(self.api.resource("apps/v1", "Deployment").path())["items"]
+        ]
+        used: set[tuple[str, str]] = set()
+        for namespace, spec in pods:
+            used.add(("ServiceAccount", f"{namespace}/{spec.get('serviceAccountName', 'default')}"))
+            compute_class = (spec.get("nodeSelector") or {}).get(COMPUTE_CLASS_LABEL)
+            if compute_class:
+                used.add(("ComputeClass", compute_class))
+        return used
 
     def delete(
         self, manifests: Sequence[KubernetesObject], *, deadline_s: float = DELETE_DEADLINE_S

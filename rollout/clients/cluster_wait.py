@@ -28,6 +28,7 @@ from rollout.diagnosis import (
     restarts,
 )
 from rollout.errors import DeadlineExceeded, NotFound, PermissionMissing, RolloutError, StartupFailed, TransientError
+from rollout.objects import COMPUTE_CLASS_LABEL
 from rollout.optimize import ValidatedWith
 from rollout.rendering import KubernetesObject
 from rollout.values import Value
@@ -324,7 +325,7 @@ class StartupWait:
     def _missing_compute_class(self, pods: Iterable[KubernetesObject]) -> str:
         """The ComputeClass that unplaced pods select, if there is none of that name. Asked at most every RECHECK_S."""
         for pod in pods:
-            name = (pod["spec"].get("nodeSelector") or {}).get("cloud.google.com/compute-class")
+            name = (pod["spec"].get("nodeSelector") or {}).get(COMPUTE_CLASS_LABEL)
             if not name or _condition(pod, "PodScheduled"):
                 continue
             if time.monotonic() - self._compute_class_asked_at > RECHECK_S:

@@ -83,10 +83,11 @@ class NodeAgents:
         self._workers: dict[str, PodWorker] = {}
         self._pulled: set[tuple[str, str]] = set()
         self._addresses = itertools.count(10)
+        self._stopped = False
         self.store.listen(self._on_change)
 
     def _on_change(self, change: Change) -> None:
-        if change.resource != POD:
+        if change.resource != POD or self._stopped:
             return
         pod, uid = change.obj, change.obj["metadata"]["uid"]
         worker = self._workers.get(uid)
@@ -100,6 +101,7 @@ class NodeAgents:
 
     async def stop(self) -> None:
         """Kill every container at once: the cluster goes away."""
+        self._stopped = True  # a killed pod that was still Pending would be started anew
         await asyncio.gather(*(worker.kill() for worker in self._workers.values()))
 
     def lose_node(self, name: str) -> None:
@@ -311,6 +313,9 @@ class PodWorker:
 
     async def kill(self) -> None:
         self._task.cancel()
+        if self._ending is not None and self._ending is not asyncio.current_task():
+            self._ending.cancel()  # no preStop hook outlives its cluster
+            await asyncio.wait([self._ending])
         await asyncio.gather(*(each.kill() for each in (*self._containers, *self._init)))
         self.agents.forget(self.uid)
 

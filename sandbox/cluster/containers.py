@@ -381,6 +381,7 @@ class Container:
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            await process.wait()
             raise
         return process.returncode or 0, output.decode(errors="replace")
 

@@ -53,6 +53,7 @@ from sandbox.cluster.nodes import Machine
 from tests.engines import free_port
 from tests.real_kubernetes import control_plane, has_controllers
 from tests.real_nodes import node
+from tests.sandbox.cluster_support import eventually
 
 POD_PROGRAM = Path(__file__).with_name("pod_program.py")
 PROGRAM = (sys.executable, str(POD_PROGRAM))
@@ -470,6 +471,25 @@ def test_prune_deletes_what_the_plan_no_longer_holds_and_only_of_this_instance(c
     left = [item["metadata"]["name"] for item in controlled.inventory() if item["kind"] == "PodDisruptionBudget"]
     assert left == ["vllm-b"]
     assert controlled.prune(now, "vllm-a") == ()
+
+
+def test_what_no_pod_uses_any_more_is_pruned_at_the_end(running: ClusterClient) -> None:
+    def account(name: str) -> KubernetesObject:
+        metadata = {"name": name, "namespace": running.target.namespace, "labels": ownership_labels("r1")}
+        return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata}
+
+    old = [namespace_of(running), account("old"), program(running, "serve", serviceAccountName="old"), service(running)]
+    running.apply(old)
+    running.wait_available("web", deadline_s=DEADLINE_S)
+    new = [namespace_of(running), account("new"), program(running, "serve", serviceAccountName="new"), service(running)]
+    assert running.prune_shared(new) == (), "the old pod still needs it"
+    running.apply(new)
+    running.wait_available("web", deadline_s=DEADLINE_S)
+    # The old pod may still be on its way out.
+    changes = eventually(lambda: running.prune_shared(new), "the old account is pruned")
+    assert actions(changes) == {"ServiceAccount": Action.DELETED}
+    assert [item["metadata"]["name"] for item in running.inventory() if item["kind"] == "ServiceAccount"] == ["new"]
+    assert running.prune_shared(new) == ()
 
 
 def test_delete_goes_in_reverse_and_waits_until_everything_is_gone(running: ClusterClient) -> None:

@@ -51,6 +51,7 @@ STEPS = [
     "wait until available",
     "smoke test",
     "benchmark",
+    "prune",
 ]
 
 
