@@ -30,11 +30,11 @@ def janitor(target: str, remove: bool = True) -> tuple[TeardownReport, ...]:
 
     Args:
         target: Name of an environment in deployments/targets/, or the path of such a file.
-        remove: Off shows what would be taken back and removed, and leaves it.
+        remove: Off shows what would be marked, taken back and removed, and changes nothing.
     """
     where = load_target(target)
     story = Story(lambda _: None)
-    story.run(find_zombies, target, utc_now())
+    story.run(find_zombies, target, utc_now(), mark=remove)
     if not remove:
         story.run(find_half_done, where, utc_now())
         story.run(find_abandoned, where, utc_now())

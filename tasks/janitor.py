@@ -63,22 +63,24 @@ any rollout takes."""
 
 
 @step("find zombies")
-def find_zombies(target: str, now: datetime) -> Outcome[tuple[str, ...]]:
+def find_zombies(target: str, now: datetime, *, mark: bool = True) -> Outcome[tuple[str, ...]]:
     """Mark as crashed the runs on `target` that claim to be running or starting and give no sign of life.
 
-    No hook of such a run is left to tell anybody, so the rollouts among them are announced here.
+    No hook of such a run is left to tell anybody, so the rollouts among them are announced here. Without `mark` they
+    are only shown.
     """
     rows: list[dict[str, Any]] = []
     with get_client(sync_client=True) as client:
         for run in _unfinished(client):
             why = _death_of(client, run, now) if target_of(run.parameters) == target else ""
             if why:
-                _declare_dead(client, run, why)
+                if mark:
+                    _declare_dead(client, run, why)
                 rows.append({"run": run.name, "id": str(run.id), "since": str(run.start_time), "why": why})
     return Outcome(
         value=tuple(row["id"] for row in rows),
-        summary=f"{len(rows)} zombies marked as crashed",
-        status=StepStatus.DONE if rows else StepStatus.UNCHANGED,
+        summary=f"{len(rows)} zombies {'marked as crashed' if mark else 'found'}",
+        status=StepStatus.DONE if rows and mark else StepStatus.UNCHANGED,
         data={"zombies": rows},
         artifact=Artifact("zombies", "Runs whose worker is gone", table=rows),
     )

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import yaml
 from prefect.cli.deploy._triggers import DeploymentTriggerAdapter
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
@@ -26,12 +27,13 @@ from flows.janitor import janitor
 from flows.rollout_model import rollout_model
 from flows.teardown_model import teardown_model
 from flows.watch_releases import watch_releases
+from rollout.clients.cluster import ClusterClient
 from rollout.clients.gke import Gke
 from rollout.clients.hub import HubClient
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
 from rollout.errors import ExitCode
-from rollout.ledger import Serving, drift, serving_now
+from rollout.ledger import EXPIRY_ANNOTATION, Serving, drift, serving_now
 from rollout.model import ModelRef
 from rollout.policy import Weights
 from rollout.record import RolloutReport, Verdict
@@ -74,10 +76,12 @@ class Week:
     def write_version(self, latency: dict[str, float], **env: str) -> None:
         write_version(self.stage, latency, repo_id=self.repo_id, env=env)
 
-    def request(self, *, approval: str = "never", **delivery: Any) -> dict[str, Any]:
+    def request(
+        self, *, approval: str = "never", objectives: dict[str, Any] | None = None, **delivery: Any
+    ) -> dict[str, Any]:
         policy = {
             "approval": approval,
-            "objectives": {"max_failed_share": None},
+            "objectives": {"max_failed_share": None} | (objectives or {}),
             "delivery": strategy(**delivery).model_dump(mode="json"),
         }
         return self.stage.request(**policy).model_dump(mode="json")
@@ -156,6 +160,13 @@ class Week:
         record = self.record(run_id)
         return record is not None and len(traffic_of(self.stage, record).weights) > 1
 
+    def why_back(self, run_id: UUID) -> str:
+        """Why the delivery of a run went back."""
+        record = self.record(run_id)
+        assert record is not None
+        assert record.delivery is not None
+        return record.delivery.reason
+
     @property
     def serving(self) -> Serving:
         (only,) = serving_now(RecordStore(self.stage.target).read_all()).values()
@@ -206,10 +217,13 @@ def test_a_week_ends_with_the_right_version_live_and_no_client_ever_noticed(week
             assert week.outcome(released) == "done", worker.output
             assert week.serving.commit_sha == second
 
-            # Wednesday: an engineer's canary is too slow, and goes back.
+            # Wednesday: an engineer's canary misses its objective, and goes back.
             before = week.serving
             week.write_version(SLOW)
-            assert week.outcome(week.start()) == "rolled-back", worker.output
+            prompt = {"metric": "ttft", "percentile": "p90", "limit_s": 0.5}
+            missed = week.start(objectives={"latencies": [prompt]})
+            assert week.outcome(missed) == "rolled-back", worker.output
+            assert week.why_back(missed).startswith("objective missed: TTFT p90"), week.why_back(missed)
             assert week.serving == before
 
             # Thursday: CI gives up on a canary that has half of the traffic.
@@ -232,6 +246,9 @@ def test_a_week_ends_with_the_right_version_live_and_no_client_ever_noticed(week
             later = utc_now() + timedelta(hours=1)
             assert zombies(stage, later) == (str(killed),)
             assert janitor(str(stage.target_file)) == (), "the live version is nobody's leftover"
+            # What the dead run left beside the live version is gone.
+            assert len(stage.live("Deployment")) == 1
+            assert week.serving == before
 
             # Saturday: CI starts the same rollout; on a new worker it goes on where the dead one stopped.
             line = ("run", f"rollout-model/{week.name}", "--key", "saturday")
@@ -240,7 +257,21 @@ def test_a_week_ends_with_the_right_version_live_and_no_client_ever_noticed(week
         assert load.failures == []
         assert load.completed > 100
 
-    # Sunday: the right version is live, alone, with all of the traffic, and the books say so.
+    # Sunday: somebody's demonstration has expired, and the janitor removes it and nothing else.
+    demonstration = stage.folder / "demonstration.yaml"
+    preset = yaml.safe_load(stage.model_file.read_text())
+    named = dict.fromkeys(("name", "service_name", "app"), "demonstration")
+    demonstration.write_text(yaml.safe_dump(preset | {"serving": preset["serving"] | named}))
+    rollout_model(stage.request().model_copy(update={"model": str(demonstration)}))
+    (shown,) = [one for one in stage.live("Deployment") if one["metadata"]["name"] == "demonstration"]
+    over = {"metadata": {"annotations": {EXPIRY_ANNOTATION: (utc_now() - timedelta(days=1)).isoformat()}}}
+    api = ClusterClient.connect(stage.target).api
+    api.request("PATCH", api.path_of(shown), {"fieldManager": "sales"}, over, "application/merge-patch+json")
+    (swept,) = janitor(str(stage.target_file))
+    assert ("Deployment", f"{stage.target.namespace}/demonstration") in {(one.kind, one.name) for one in swept.removed}
+    assert swept.left == ()
+
+    # The right version is live, alone, with all of the traffic, and the books say so.
     record = week.record(UUID(week.serving.run_id))
     assert record is not None
     assert record.verdict is Verdict.DONE
