@@ -35,7 +35,7 @@ from tasks.step import Running, Story
 from tasks.teardown import require_nothing_left, tear_down_rollout
 from tasks.verify import benchmark_server, judge_objectives, require_met, require_passed, smoke_test
 from tasks.warm_up import release_node, warm_up_node
-from tasks.weights import bind_writer, check_weights_layout, publish_weights, publish_weights_by_pods
+from tasks.weights import bind_writer, check_weights_layout, publish_weights, publish_weights_by_pods, release_writer
 
 
 @flow(
@@ -87,6 +87,8 @@ def provision(plan: RolloutPlan, record: Record) -> None:
     identity = story.start(set_up_workload_identity, plan, after=[cluster, *accounts])
     with warmed_up(plan, story, after=cluster):
         story.join(weights, layout, cluster, *writer, *accounts, identity)
+    if writer:
+        story.run(release_writer, plan.target)
     record.keep(weights=weights.result())
 
 
@@ -95,7 +97,7 @@ def start_transfer(
 ) -> tuple[Running[TransferReport], list[Running[None]]]:
     """Start to move the weights, and what that needs: from here at once, by pods as soon as there is a cluster."""
     transfer = plan.policy.transfer
-    if not transfer.pods:
+    if not transfer.pods or not plan.transfer_bytes:  # what is there needs nobody who may write
         return story.start(publish_weights, plan.model, plan.target, transfer), []
     writer = story.start(bind_writer, plan.target, after=[cluster])
     pods = story.start(publish_weights_by_pods, plan.model, plan.serving, plan.target, transfer, after=[writer])

@@ -277,7 +277,9 @@ def abandoned(
     for instance, revisions in _by_instance(manifests).items():
         expiries = [(manifest["metadata"].get("annotations") or {}).get(EXPIRY_ANNOTATION) for manifest in revisions]
         if all(expiry is not None and _is_past(expiry, now) for expiry in expiries):
-            found.setdefault(instance, Abandoned(instance=instance, why=Leftover.EXPIRED))
+            # The record of its rollout, if there is one, must know that it no longer serves.
+            run_id = newest[instance].run_id if instance in newest else None
+            found.setdefault(instance, Abandoned(instance=instance, why=Leftover.EXPIRED, run_id=run_id))
     return tuple(found[instance] for instance in sorted(found))
 
 

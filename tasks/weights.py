@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from prefect import get_run_logger
 
 from rollout.clients import transfer
-from rollout.clients.iam import OBJECT_USER, BucketPolicy, ensure_binding
+from rollout.clients.cluster import ClusterClient
+from rollout.clients.iam import OBJECT_USER, BucketPolicy, ensure_binding, remove_binding
 from rollout.clients.layout import check_layout
 from rollout.clients.projects import Projects
 from rollout.clients.transfer import OnProgress
-from rollout.clients.transfer_cluster import publish_by_pods
+from rollout.clients.transfer_cluster import publish_by_pods, remove_writer, writers_at_work
 from rollout.layout import LayoutReport, require_valid
 from rollout.model import PinnedModel
 from rollout.plan import rollout_id
@@ -59,6 +60,28 @@ def bind_writer(target: Target) -> Outcome[None]:
         summary=f"{member} may write gs://{target.bucket}",
         status=StepStatus.DONE if change else StepStatus.UNCHANGED,
         changes=(change,) if change else (),
+    )
+
+
+@step("writer's right")
+def release_writer(target: Target) -> Outcome[None]:
+    """Take the right to write the bucket, and the account that had it, from the pods of a transfer that has ended.
+
+    The next one asks for it anew. Another transfer that is still at work keeps it; the last one takes it away.
+    """
+    if target.cluster.mode is ClusterMode.KUBECONFIG:
+        return Outcome(value=None, summary="a kubeconfig cluster brings its own identity", status=StepStatus.SKIPPED)
+    busy = writers_at_work(ClusterClient.connect(target))
+    if busy:
+        return Outcome(value=None, summary=f"{', '.join(busy)} still write", status=StepStatus.SKIPPED)
+    member = writer_member(target, Projects(target).get().number)
+    change = remove_binding(BucketPolicy(target, target.bucket), OBJECT_USER, member)
+    changes = (*([change] if change else []), *remove_writer(ClusterClient.connect(target)))
+    return Outcome(
+        value=None,
+        summary=f"{member} may no longer write gs://{target.bucket}",
+        status=StepStatus.DONE if changes else StepStatus.UNCHANGED,
+        changes=changes,
     )
 
 

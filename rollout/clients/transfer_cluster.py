@@ -18,10 +18,10 @@ from rollout.errors import RolloutError, TransferFailed
 from rollout.model import PinnedModel
 from rollout.objects import SHARED_KINDS
 from rollout.rendering import KubernetesObject
-from rollout.report import StepStatus
+from rollout.report import Action, Change, StepStatus
 from rollout.target import Target
 from rollout.transfer import FileReport, Progress, Source, TransferReport, TransferSpec
-from rollout.transfer_job import ShardRequest, transfer_objects
+from rollout.transfer_job import WRITER_KSA, ShardRequest, transfer_objects
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,26 @@ class _Wait(JobWait):
                 if ended.get("exitCode"):
                     return f"{pod['metadata']['name']} said: {self.last_words(pod, container['name'])}"
         return "no pod is left to tell why"
+
+
+def writers_at_work(cluster: ClusterClient) -> tuple[str, ...]:
+    """Names of the Jobs that still write weights from the target's namespace."""
+    namespace = cluster.target.namespace
+    jobs = cluster.api.get(cluster.api.resource("batch/v1", "Job").path(namespace))["items"]
+    return tuple(
+        job["metadata"]["name"]
+        for job in jobs
+        if job["spec"]["template"]["spec"].get("serviceAccountName") == WRITER_KSA
+        and condition_of(job, "Complete") is None
+        and condition_of(job, "Failed") is None
+    )
+
+
+def remove_writer(cluster: ClusterClient) -> tuple[Change, ...]:
+    """The Kubernetes service account of the pods; nothing if it is gone already or somebody else's."""
+    metadata = {"name": WRITER_KSA, "namespace": cluster.target.namespace}
+    changes = cluster.delete([{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata}])
+    return tuple(change for change in changes if change.action is Action.DELETED)
 
 
 def _remove_failed(cluster: ClusterClient, objects: Sequence[KubernetesObject]) -> None:

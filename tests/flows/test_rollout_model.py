@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from prefect.artifacts import Artifact as PublishedArtifact
 
+from flows.publish_weights import publish_model_weights
 from flows.rollout_model import rollout_model
 from flows.teardown_model import teardown_model
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.gke import Gke
-from rollout.clients.iam import ServiceAccounts
+from rollout.clients.iam import OBJECT_USER, BucketPolicy, ServiceAccounts
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
 from rollout.errors import (
@@ -31,7 +32,7 @@ from rollout.report import Action, StepStatus
 from sandbox.cloud import FOREIGN_BUCKET
 from sandbox.hub_store import HubStore
 from sandbox.models import remove_shard, tiny_model
-from tests.flows.conftest import Stage
+from tests.flows.conftest import TINY_REPO, Stage
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 
@@ -132,18 +133,37 @@ def test_a_trial_is_torn_down_by_its_policy(stage: Stage) -> None:
     assert Gke(stage.target).get() is None
 
 
-def test_the_weights_may_travel_by_pods_of_the_cluster_and_their_right_to_write_goes_with_the_rest(
-    stage: Stage,
-) -> None:
+def test_the_weights_may_travel_by_pods_of_the_cluster_and_their_right_to_write_ends_with_it(stage: Stage) -> None:
     transfer = {"pods": 2, "pod_image": "worker/llm-rollout:1"}
-    report = rollout_model(stage.request(teardown=Teardown.ALWAYS, weights=Weights.DELETE, transfer=transfer))
+    request = stage.request(teardown=Teardown.ALWAYS, weights=Weights.DELETE, transfer=transfer)
+    report = rollout_model(request)
     assert statuses(report)["writer identity"] is StepStatus.DONE
     assert report.weights is not None
     assert report.weights.bytes_sent >= report.weights.total_bytes
+    assert taken_from_writers(report) == ["IamBinding", "ServiceAccount"]
     assert report.teardown is not None
     assert report.teardown.left == ()
-    removed = {change.name for change in report.teardown.removed if change.kind == "IamBinding"}
-    assert any("roles/storage.objectUser" in name for name in removed)
+
+
+def test_publishing_by_pods_leaves_nobody_who_may_write(stage: Stage) -> None:
+    stays = rollout_model(stage.request())
+    assert stays.verdict is Verdict.DONE
+    transfer = {"pods": 2, "pod_image": "worker/llm-rollout:1"}
+    request = stage.request(transfer=transfer)
+    storage = StorageClient(stage.target)
+    for stored in storage.list_objects(TINY_REPO):
+        storage.delete(stored)
+    published = publish_model_weights(request)
+    assert published.bytes_sent == published.total_bytes
+    policy = BucketPolicy(stage.target, stage.target.bucket).read()
+    assert {binding["role"] for binding in policy["bindings"]}.isdisjoint({OBJECT_USER})
+    assert "weights-writer" not in {item["metadata"]["name"] for item in stage.live("ServiceAccount")}
+    assert publish_model_weights(request).bytes_sent == 0
+
+
+def taken_from_writers(report: RolloutReport) -> list[str]:
+    (step,) = [step for step in report.steps if step.name == "writer's right"]
+    return sorted(change.kind for change in step.changes)
 
 
 def test_a_failed_start_is_diagnosed_and_torn_down(stage: Stage) -> None:

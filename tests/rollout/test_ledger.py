@@ -185,8 +185,9 @@ def test_a_teardown_that_left_something_is_finished_and_one_that_did_not_is_over
     ],
 )
 def test_an_annotation_sets_an_expiry(expiry: str, expired: bool) -> None:
-    found = abandoned([record(0, "a")], [deployment("a", **{EXPIRY_ANNOTATION: expiry})], [], LATER)
-    assert [item.why for item in found] == ([Leftover.EXPIRED] if expired else [])
+    rollout = record(0, "a")
+    found = abandoned([rollout], [deployment("a", **{EXPIRY_ANNOTATION: expiry})], [], LATER)
+    assert [(item.why, item.run_id) for item in found] == ([(Leftover.EXPIRED, rollout.run_id)] if expired else [])
 
 
 # --- What serves, and stays -------------------------------------------------------------------------------------------
