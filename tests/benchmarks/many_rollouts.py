@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transfer_harness import table, workspace
+from transfer_harness import GIB, table, workspace
 
 from rollout.target import Target
 from sandbox.cloud import EmbeddedCloud
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--database", choices=("postgres", "sqlite"), default="postgres")
     options = parser.parse_args()
     rows = []
-    with workspace() as root:
+    with workspace(GIB) as root:
         cloud = EmbeddedCloud(
             root / "cloud",
             quotas={"NVIDIA_H100_GPUS": GPUS, "INSTANCES": GPUS},

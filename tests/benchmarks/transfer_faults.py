@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=4)
     parser.add_argument("--percent", type=float, default=1)
     options = parser.parse_args()
-    with workspace() as root:
+    with workspace(3 * int(options.gib * GIB)) as root:
         publish_model(root / "hub", total_bytes=int(options.gib * GIB), shards=16)
         with Child(
             [sys.executable, "-m", "sandbox.hub", "--root", str(root / "hub")], log=root / "mirror.log", cwd=CHECKOUT

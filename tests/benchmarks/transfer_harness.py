@@ -29,12 +29,22 @@ GIB = 2**30
 
 
 @contextlib.contextmanager
-def workspace() -> Iterator[Path]:
-    """A folder in memory where there is room, so that no disk is measured; removed at the end."""
+def workspace(held_bytes: int) -> Iterator[Path]:
+    """A folder for `held_bytes` of files, removed at the end.
+
+    In memory where that fits with a third to spare, so that no disk is measured: what lies there is the benchmark's own
+    memory too, and the kernel kills processes when it runs out.
+    """
     shared = Path("/dev/shm")
-    parent = shared if shared.is_dir() and shutil.disk_usage(shared).free > 20 * GIB else None
-    with tempfile.TemporaryDirectory(prefix="transfer-benchmark-", dir=parent) as folder:
+    fits = shared.is_dir() and min(shutil.disk_usage(shared).free, _available_bytes()) > held_bytes * 4 // 3
+    with tempfile.TemporaryDirectory(prefix="transfer-benchmark-", dir=shared if fits else None) as folder:
         yield Path(folder)
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping: man 5 proc."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def publish_model(hub_root: Path, *, total_bytes: int, shards: int, repo: str = REPO) -> None:

@@ -10,7 +10,7 @@ from transfer_harness import GIB, Servers, publish_model, run_arm, table, worksp
 
 def main() -> None:
     rows = []
-    with workspace() as root:
+    with workspace(GIB) as root:
         publish_model(root / "hub", total_bytes=GIB // 4, shards=8)
         with Servers(root) as servers:
             for name in ("first run", "rerun"):

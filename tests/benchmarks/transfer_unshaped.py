@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     rows = []
-    with workspace() as root:
+    with workspace(3 * int(options.gib * GIB)) as root:
         publish_model(root / "hub", total_bytes=int(options.gib * GIB), shards=8)
         with Servers(root) as servers:
             for number, (name, (arm, *more)) in enumerate(ARMS.items()):
