@@ -48,13 +48,14 @@ def cluster(tmp_path: Path) -> Iterator[KubernetesServer]:
 def test_a_run_becomes_a_job_that_the_worker_may_start_and_watch(
     stage: Stage, cluster: KubernetesServer, tmp_path: Path
 ) -> None:
-    bootstrap([stage.target], pool=LAPTOP_POOL, image=IMAGE)  # makes both pools; other tests' runs go to the other
+    bootstrap([stage.target], pool=LAPTOP_POOL)  # makes both pools; the runs of other tests go to the other
     name = f"pool-{uuid.uuid4().hex[:6]}"
     request = stage.request().model_dump(mode="json")
     plan_model.to_deployment(  # type: ignore[union-attr]
         name,
         parameters={"request": request},
         work_pool_name=CLUSTER_POOL,
+        job_variables={"image": IMAGE},
         entrypoint_type=EntrypointType.MODULE_PATH,
     ).apply()
     worker_kubeconfig = cluster.kubeconfig(tmp_path / "worker", token=cluster.service_account_token(NAMESPACE, WORKER))
