@@ -19,6 +19,7 @@ from tasks.quickstart import (
     grant_access,
     manifests_of_google,
     model_facts,
+    plan_grants,
     plan_stages,
     render_manifests,
     wait_until_generated,
@@ -78,6 +79,7 @@ def serve(generated: GeneratedManifests, facts: ModelFacts, target: Target, repl
     if weights is not None:
         story.run(check_weights_layout, target, weights, generated.serving.vllm_release)
         story.run(provision_bucket, target)  # of the record, which is how a teardown knows what was granted
+    record.keep(intended=story.run(plan_grants, generated, target))
     record.milestone()
     story.run(grant_access, generated, target, facts)
     record.milestone()

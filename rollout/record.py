@@ -75,6 +75,8 @@ class RolloutReport(Value):
     startup: dict[str, Any] | None = None
     """The start-up waterfall: seconds per phase, bytes per second of loading."""
     smoke: SmokeReport | None = None
+    intended: tuple[Change, ...] = ()
+    """What a run without a plan (generated manifests) is about to make beyond objects that carry our labels."""
     benchmark: BenchmarkReport | None = None
     objectives: ObjectivesVerdict | None = None
     delivery: DeliveryReport | None = None
@@ -103,7 +105,7 @@ class RolloutReport(Value):
         The plan counts as well as the steps, because it is written before anything changes: a run that was killed
         between making a thing and saying so still owns it.
         """
-        planned = self.plan.changes if self.plan else ()
+        planned = (*(self.plan.changes if self.plan else ()), *self.intended)
         reported = [change for step in self.steps for change in step.changes]
         return frozenset((c.kind, c.name) for c in (*planned, *reported) if c.action is Action.CREATED)
 

@@ -15,6 +15,7 @@ from rollout.clients.quickstart import (
     ensure_hub_secret,
     ensure_namespace,
     manifests_by_google,
+    missing_grants,
     recommendation,
     sources_of,
     versions_of,
@@ -37,7 +38,7 @@ from rollout.profiles import Profile, ProfileQuery
 from rollout.quickstart import ManifestsRequest, RecommendRequest
 from rollout.recommend import Recommendation
 from rollout.rendering import KubernetesObject
-from rollout.report import Action, StepStatus, utc_now
+from rollout.report import Action, Change, StepStatus, utc_now
 from rollout.show import table
 from rollout.sources import SourceName
 from rollout.target import ClusterMode, Target
@@ -120,6 +121,15 @@ def manifests_of_google(request: ManifestsRequest, target: Target) -> Outcome[st
         summary=f"{text.count('kind: ')} objects",
         artifact=Artifact("optimised-manifests", f"{request.model}, by Google", markdown=f"```yaml\n{text}```"),
     )
+
+
+@step("plan grants")
+def plan_grants(generated: GeneratedManifests, target: Target) -> Outcome[tuple[Change, ...]]:
+    """Which bindings are still to be made: written down before they are, so that a teardown knows of them."""
+    if not generated.grants or target.cluster.mode is ClusterMode.KUBECONFIG:
+        return Outcome(value=(), summary="none", status=StepStatus.UNCHANGED)
+    missing = missing_grants(ClusterClient.connect(target), generated, target)
+    return Outcome(value=missing, summary=f"{len(missing)} to be made", status=StepStatus.UNCHANGED)
 
 
 @step("grant access")

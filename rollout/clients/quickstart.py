@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.gke import Gke
-from rollout.clients.iam import BucketPolicy, ensure_binding
+from rollout.clients.iam import BucketPolicy, binding_name, ensure_binding, has_binding
 from rollout.clients.profile_sources import BucketSource, benchmark_file, local_history
 from rollout.clients.recommender import Recommender
 from rollout.cost import Price, PricingModel, find_price
@@ -28,7 +28,7 @@ from rollout.preflight import CheckState
 from rollout.profiles import Profile, ProfileQuery, ProfileSource, ask, best_curve, select, use_case_named
 from rollout.recommend import PriceOf, Recommendation, Requirements, recommend
 from rollout.rendering import read_manifests, render
-from rollout.report import Change
+from rollout.report import Action, Change
 from rollout.sources import SourceName
 from rollout.target import ClusterMode, Target
 
@@ -126,23 +126,34 @@ def versions_of(target: Target, accelerator: str) -> ValidatedWith:
     )
 
 
-def ensure_grants(cluster: ClusterClient, generated: GeneratedManifests, target: Target) -> tuple[Change, ...]:
-    """Let the pods read, and on TPUs write, the bucket of their weights.
+def missing_grants(cluster: ClusterClient, generated: GeneratedManifests, target: Target) -> tuple[Change, ...]:
+    """What `ensure_grants` would make. Changes nothing."""
+    return tuple(
+        Change(action=Action.CREATED, kind="IamBinding", name=binding_name(store.name, role, member))
+        for store, role, member in _grants(cluster, generated, target)
+        if not has_binding(store, role, member)
+    )
 
-    A Kubernetes service account that already acts as a Google one is known to the bucket by that.
-    """
+
+def ensure_grants(cluster: ClusterClient, generated: GeneratedManifests, target: Target) -> tuple[Change, ...]:
+    """Let the pods read, and on TPUs write, the bucket of their weights."""
+    made = [ensure_binding(store, role, member) for store, role, member in _grants(cluster, generated, target)]
+    return tuple(change for change in made if change is not None)
+
+
+def _grants(
+    cluster: ClusterClient, generated: GeneratedManifests, target: Target
+) -> list[tuple[BucketPolicy, str, str]]:
+    """A Kubernetes service account that already acts as a Google one is known to the bucket by that."""
     name = generated.request.service_account
     account = cluster.find(
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": target.namespace}}
     )
     email = ((account or {}).get("metadata", {}).get("annotations") or {}).get(GSA_ANNOTATION)
-    made = [
-        ensure_binding(
-            BucketPolicy(target, each.bucket), each.role, f"serviceAccount:{email}" if email else each.member
-        )
+    return [
+        (BucketPolicy(target, each.bucket), each.role, f"serviceAccount:{email}" if email else each.member)
         for each in generated.grants
     ]
-    return tuple(change for change in made if change is not None)
 
 
 def ensure_namespace(cluster: ClusterClient, target: Target) -> tuple[Change, ...]:

@@ -16,7 +16,7 @@ from flows.recommend_model import recommend_model
 from flows.teardown_model import teardown_model
 from rollout.clients.gke import Gke
 from rollout.clients.iam import OBJECT_VIEWER, BucketPolicy, has_binding
-from rollout.clients.records import read_local
+from rollout.clients.records import RecordStore, read_local
 from rollout.errors import BadInput
 from rollout.ledger import APPLY_STEP
 from rollout.model_facts import known_model
@@ -139,6 +139,29 @@ def test_what_was_granted_on_another_bucket_goes_with_the_teardown_and_another_m
     assert ended.teardown is not None
     assert ended.teardown.left == ()
     assert not has_binding(store, OBJECT_VIEWER, principal)
+
+
+def test_a_grant_of_a_run_that_died_before_it_could_say_so_is_taken_back(stage: Stage) -> None:
+    Gke(stage.target).ensure()
+    weights = publish_model_weights(stage.request())
+    target = stage.write_target(bucket=f"{stage.target.bucket}-records")
+    create_manifests(request(stage, model_bucket_uri=weights.uri, apply=True))
+    store = RecordStore(target)
+    (record,) = store.read_all()
+    # As the bucket has it when the process is killed right after the grant.
+    store.write(record.model_copy(update={"steps": tuple(s for s in record.steps if s.name in BEFORE_THE_GRANT)}))
+    principal = target.universe.workload_identity_principal(
+        target.project, "123456789012", target.namespace, target.ksa
+    )
+    elsewhere = BucketPolicy(target, stage.target.bucket)
+    assert has_binding(elsewhere, OBJECT_VIEWER, principal)
+    ended = teardown_model(target=str(stage.target_file), instance=NAME)
+    assert ended.teardown is not None
+    assert ended.teardown.left == ()
+    assert not has_binding(elsewhere, OBJECT_VIEWER, principal)
+
+
+BEFORE_THE_GRANT = ("model facts", "optimised manifests", "check layout", "provision bucket", "plan grants")
 
 
 def form_of(case: str, stage: Stage) -> ManifestsRequest:
