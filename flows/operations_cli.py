@@ -163,7 +163,9 @@ def benchmark_model(
     policy: Annotated[
         Path | None, typer.Option(help="YAML file of a policy: its benchmark and objectives count.")
     ] = None,
-    report: Annotated[Path, typer.Option("--report", help="The machine-readable record.")] = Path("out/benchmark.json"),
+    report: Annotated[Path, typer.Option("--report", help="The machine-readable record.")] = Path(
+        "out/benchmark-model.json"
+    ),
 ) -> None:
     """Sweep the load on the live model server to saturation; `benchmark URL` does so for any endpoint."""
     from flows.requests import request_of
