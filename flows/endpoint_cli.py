@@ -117,7 +117,7 @@ def benchmark(
         },
         where="benchmark",
     )
-    wanted = Objectives() if objectives is None else settings_of(Objectives, objectives)
+    wanted = Objectives() if objectives is None else settings_of(Objectives, objectives, "objectives")
     wanted = wanted.model_copy(update={"demand_rate_per_s": demand or wanted.demand_rate_per_s})
     served = model or _only_model(url)
     measured = run_benchmark(

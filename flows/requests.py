@@ -23,20 +23,20 @@ def request_of(model: str, target: str, revision: str | None = None, policy_file
 
     Its presets are loaded here already, so that a wrong name does not cost the start of a flow and its server.
     """
-    policy = RolloutPolicy() if policy_file is None else settings_of(RolloutPolicy, policy_file)
+    policy = RolloutPolicy() if policy_file is None else settings_of(RolloutPolicy, policy_file, "policy")
     request = RolloutRequest(model=model, target=target, revision=revision, policy=policy)
     resolve(request)
     return request
 
 
-def settings_of(kind: type[ValueT], path: Path) -> ValueT:
-    """A value of `kind` from a YAML file; what the file leaves out has its default. Raises `BadInput`."""
+def settings_of(kind: type[ValueT], path: Path, what: str) -> ValueT:
+    """A value of `kind`, called `what` in messages, from a YAML file; what the file leaves out has its default. Raises `BadInput`."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the file: {unreadable(error)}.", where=str(path)) from error
+        raise BadInput(f"cannot read the {what}: {unreadable(error)}.", where=str(path)) from error
     except yaml.YAMLError as error:
-        raise BadInput(f"not valid YAML: {error}", where=str(path)) from error
+        raise BadInput(f"the {what} is not valid YAML: {error}", where=str(path)) from error
     return validated(kind, data or {}, where=str(path))
 
 

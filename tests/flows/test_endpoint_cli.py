@@ -91,7 +91,7 @@ def test_a_benchmark_answers_keeps_its_curve_and_is_compared(run: CliRunner, tmp
         (["--dataset", "no-such-file"], "cannot read the dataset"),
         (["--arrivals", "whenever"], "arrivals"),
         (["--endpoint", "embeddings"], "endpoint"),
-        (["--objectives", "no-such-file"], "cannot read the file"),
+        (["--objectives", "no-such-file"], "cannot read the objectives"),
         (["--workload", "poetry"], "there is no workload 'poetry'"),
     ],
 )

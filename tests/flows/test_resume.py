@@ -193,7 +193,8 @@ def test_a_kill_in_the_benchmark_costs_no_finished_stage(stage: Stage) -> None:
 
     finished = finish(stage, benchmark=SWEEP)
     benchmark = steps(finished)["benchmark"]
-    assert benchmark["data"] == {"stages_measured": len(SWEEP["rates_per_s"]) - kept, "stages_kept": kept}
+    counted = (benchmark["data"]["stages_measured"], benchmark["data"]["stages_kept"])
+    assert counted == (len(SWEEP["rates_per_s"]) - kept, kept)
     assert [one["rate_per_s"] for one in finished["benchmark"]["stages"]] == SWEEP["rates_per_s"]
     assert finished["weights"]["bytes_sent"] == 0
     assert steps(finished)["apply manifests"]["status"] == "unchanged"

@@ -159,6 +159,7 @@ def test_publishing_by_pods_leaves_nobody_who_may_write(stage: Stage) -> None:
     assert {binding["role"] for binding in policy["bindings"]}.isdisjoint({OBJECT_USER})
     assert "weights-writer" not in {item["metadata"]["name"] for item in stage.live("ServiceAccount")}
     assert publish_model_weights(request).bytes_sent == 0
+    teardown_model(target=str(stage.target_file), model=str(stage.model_file))  # the cluster is other tests' too
 
 
 def taken_from_writers(report: RolloutReport) -> list[str]:
