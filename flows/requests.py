@@ -30,7 +30,10 @@ def request_of(model: str, target: str, revision: str | None = None, policy_file
 
 
 def settings_of(kind: type[ValueT], path: Path, what: str) -> ValueT:
-    """A value of `kind`, called `what` in messages, from a YAML file; what the file leaves out has its default. Raises `BadInput`."""
+    """A value of `kind` from a YAML file, called `what` in messages; what the file leaves out has its default.
+
+    Raises `BadInput`.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
