@@ -118,9 +118,9 @@ def granted() -> set[Grant]:
 
 
 EXCUSED = {(*kind, "watch") for *kind, verb in granted() if verb == "delete"} | {(False, "", "nodes", "get")}
-"""Granted, and not asked for in this test: whoever deletes an object watches it until it is gone, and here most of them
-go at once; and a pod's node is asked for when the pod is not ready at a look, which here is a matter of moments. Nothing
-else is excused."""
+"""Granted, and not asked for in this test: whoever deletes an object watches it until it is gone, and here most of
+them go at once; and a pod's node is asked for when the pod is not ready at a look, which here is a matter of moments.
+Nothing else is excused."""
 
 
 def allow_only(cloud: EmbeddedCloud, *permissions: str) -> None:
