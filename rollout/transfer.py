@@ -27,6 +27,9 @@ MAX_PART_BYTES = 5 * 1024 * MIB
 MAX_PARTS = 10_000
 """https://cloud.google.com/storage/quotas#requests: limits of XML API multipart uploads."""
 
+_PARTS_PER_CONNECTION = 32
+"""At least, unless that makes parts smaller than the service allows."""
+
 PROCESS_BYTES = 160 * MIB
 """What a process takes that has imported the clients, with TLS buffers and thread stacks; measured at 95 MiB."""
 
@@ -52,8 +55,8 @@ class TransferSpec(Value):
     memory_limit_bytes: Annotated[int, Field(ge=256 * MIB)] = 512 * MIB
     """Resident memory of the transferring process, whatever the size of the model."""
     part_bytes: Annotated[int, Field(ge=MIN_PART_BYTES, le=MAX_PART_BYTES)] = 16 * MIB
-    """16 MiB: at 50 MB/s per connection one request each 0.3 s, so that a 20 ms round trip costs 6 %; 22 such
-    buffers fit into the default memory."""
+    """Of the largest part; `part_bytes_of` a small model is less. 16 MiB: at 50 MB/s per connection one request each
+    0.3 s, so that a 20 ms round trip costs 6 %; 22 such buffers fit into the default memory."""
     connections: Annotated[int, Field(ge=1, le=64)] = 8
     """To the hub, and as many to the bucket."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 30.0
@@ -75,7 +78,7 @@ class TransferSpec(Value):
 
     @model_validator(mode="after")
     def _buffers_fit(self) -> TransferSpec:
-        if self.buffers < 2:
+        if self.buffers(self.part_bytes) < 2:
             raise ValueError(
                 f"part_bytes={self.part_bytes} leaves no room for two buffers in memory_limit_bytes="
                 f"{self.memory_limit_bytes}: raise the limit or lower part_bytes"
@@ -88,10 +91,18 @@ class TransferSpec(Value):
             raise ValueError(f"pods={self.pods} need pod_image: an image that holds this package, e.g. the worker's")
         return self
 
-    @property
-    def buffers(self) -> int:
-        """How many parts may be in memory."""
-        return (self.memory_limit_bytes - PROCESS_BYTES) // self.part_bytes
+    def buffers(self, part_bytes: int) -> int:
+        """How many parts of this size may be in memory."""
+        return (self.memory_limit_bytes - PROCESS_BYTES) // part_bytes
+
+    def part_bytes_of(self, model_bytes: int) -> int:
+        """The size of the parts into which a model of `model_bytes` is cut, in whole MiB below `part_bytes`.
+
+        A part is sent once it has been read, so the upload begins one part late on each connection: with
+        `_PARTS_PER_CONNECTION` of them that is 3 % of the time.
+        """
+        wanted = math.ceil(model_bytes / self.connections / _PARTS_PER_CONNECTION / MIB) * MIB
+        return min(self.part_bytes, max(MIN_PART_BYTES, wanted))
 
 
 class Part(Value):

@@ -229,9 +229,8 @@ class Mover:
         # None tells one waiting thread that all is done.
         self._to_send: queue.SimpleQueue[tuple[Job, Part, Buffer] | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
-        largest = max((job.parts[0].size_bytes for job in jobs), default=0)
-        for _ in range(min(spec.buffers, sum(len(job.parts) for job in jobs))):
-            self._free.put(Buffer(largest))
+        self._buffer_bytes = max((1, *(job.parts[0].size_bytes for job in jobs)))
+        self._unmade = min(spec.buffers(self._buffer_bytes), sum(len(job.parts) for job in jobs))
 
     def run(self, tick: Callable[[], None], abandon: Callable[[], None]) -> None:
         """Move everything, calling `tick` a few times per second.
@@ -270,7 +269,7 @@ class Mover:
     def _fetch_loop(self) -> None:
         while not self._is_over:
             try:
-                buffer = self._free.get(timeout=_TICK_S)
+                buffer = self._next_buffer()
             except queue.Empty:
                 continue
             if buffer is None:
@@ -284,6 +283,15 @@ class Mover:
                 self._fetch(*taken, buffer)
             else:
                 self._move_small(*taken, buffer)
+
+    def _next_buffer(self) -> Buffer | None:
+        """A buffer that is free, or a new one: the first bytes need not wait until all of them are made."""
+        with contextlib.suppress(queue.Empty):
+            return self._free.get_nowait()
+        with self._lock:
+            may_make = self._unmade > 0
+            self._unmade -= may_make
+        return Buffer(self._buffer_bytes) if may_make else self._free.get(timeout=_TICK_S)
 
     def _next_part(self) -> tuple[Job, Part] | None:
         """The next part to read. Files are begun in order, as many at a time as cores can hash."""

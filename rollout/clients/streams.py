@@ -38,6 +38,8 @@ _READ_BYTES = 256 * 1024
 _SWEEP_S = 0.25
 """How often timeouts are looked for."""
 _CONNECT_TIMEOUT_S = 30.0
+_SELECTOR_STEP_S = 0.001
+"""`selectors` rounds a timeout up to whole milliseconds (epoll's unit): the last one before a request is slept."""
 _SWITCH_S = 0.0005
 """Python's own 5 ms is what the whole schedule may be late."""
 
@@ -263,6 +265,8 @@ class StreamLoop:
         deadline_s = duration_s + self.drain_timeout_s
         next_sweep_s = _SWEEP_S
         clock, start, select = time.perf_counter, self._start, self._selector.select
+        # Only where the kernel stamps what arrives meanwhile.
+        sleep_s = _SELECTOR_STEP_S if _KERNEL_STAMPS and self.endpoint.tls is None else 0.0
 
         def send_what_is_due() -> None:
             nonlocal following, due_s
@@ -274,7 +278,10 @@ class StreamLoop:
         while following < total or self._active:
             send_what_is_due()
             now = clock() - start
-            ready = select(max(0.0, min(next_sweep_s, due_s, deadline_s) - now))
+            wait_s = min(next_sweep_s, due_s, deadline_s) - now
+            if 0 < wait_s <= sleep_s:
+                time.sleep(wait_s)
+            ready = select(max(0.0, wait_s - sleep_s))
             woken = clock() - start
             if now < duration_s:
                 self._waited_s += min(woken, duration_s) - now

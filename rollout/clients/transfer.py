@@ -257,8 +257,8 @@ class Place:
         """Of the one who writes the whole model path."""
         return Claim(self.storage, f"{self.prefix}{WORK_FOLDER}{_WRITER}.json", ttl_s=spec.claim_ttl_s)
 
-    def incoming_name(self, file: ModelFile, spec: TransferSpec) -> str:
-        return f"{self.prefix}{_INCOMING}{_digest(file)}.{spec.part_bytes}"
+    def incoming_name(self, file: ModelFile, part_bytes: int) -> str:
+        return f"{self.prefix}{_INCOMING}{_digest(file)}.{part_bytes}"
 
     def finish(self, pinned: PinnedModel) -> Provenance:
         """Final names for everything that is proven, then the marker."""
@@ -324,6 +324,8 @@ class _Run:
         self.pinned = pinned
         self.target = target
         self.spec = spec
+        self._part_bytes = spec.part_bytes_of(pinned.total_bytes)
+        """The same for all shards of a commit."""
         self.place = Place(StorageClient(target), target.weights_prefix(pinned.repo_id, pinned.commit_sha))
         self._pool = HttpPool(stall_timeout_s=spec.stall_timeout_s)
         self._hub = HubClient(target.hub_endpoint, token, pool=self._pool)
@@ -409,7 +411,7 @@ class _Run:
             or (path.startswith(_INCOMING) and path.removeprefix(_INCOMING).partition(".")[0] not in digests)
         ]
         useful = set(_first_by_name(unfinished).values())
-        names = {self.place.incoming_name(file, self.spec) for file in self.pinned.files}
+        names = {self.place.incoming_name(file, self._part_bytes) for file in self.pinned.files}
         uploads = [upload for upload in unfinished if upload not in useful or upload.name not in names]
         return _remove(self.place.storage, uploader, objects, uploads)
 
@@ -423,14 +425,14 @@ class _Run:
     ) -> Iterable[Job]:
         uploads = _first_by_name(unfinished)
         for file in files:
-            name = self.place.incoming_name(file, self.spec)
+            name = self.place.incoming_name(file, self._part_bytes)
             upload = uploads.get(name)
             arrived = with_retries(partial(_parts, uploader, upload), attempts=_ATTEMPTS) if upload else ()
             yield Job(
                 file,
                 sources[file.path],
                 name,
-                part_bytes=self.spec.part_bytes,
+                part_bytes=self._part_bytes,
                 metadata=content_metadata(file),
                 upload=upload,
                 arrived=arrived,

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from rollout.clients.hub import HubClient
+from rollout.clients.raw_http import HttpPool
 from rollout.clients.staging import Staging
+from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import (
     find_leftovers,
     finish,
@@ -25,6 +27,7 @@ from rollout.clients.transfer import (
     unfinished_paths,
 )
 from rollout.clients.transfer_job import run_shard
+from rollout.clients.uploads import Uploader
 from rollout.errors import AnotherWriter, BadInput, HashMismatch, RepositoryGated, TransferFailed, TransientError
 from rollout.report import StepStatus
 from rollout.target import WeightsLayout
@@ -43,7 +46,7 @@ from sandbox.faults import (
     Truncate,
 )
 from sandbox.hub import HubServer, HubToken
-from tests.clients.weights_place import MIB, SPEC, WeightsPlace, model_files, on_hub, on_storage, start
+from tests.clients.weights_place import BUCKET, MIB, SPEC, WeightsPlace, model_files, on_hub, on_storage, start
 
 PlaceMaker = Callable[..., WeightsPlace]
 
@@ -457,9 +460,11 @@ def test_the_leftovers_at_the_buckets_root_are_not_those_of_the_paths_below_it(k
 
 
 def test_leftovers_that_this_run_cannot_use_are_removed_by_it(killed: WeightsPlace) -> None:
-    larger = SPEC.model_copy(update={"part_bytes": 6 * MIB})
-    report = killed.publish(spec=larger)
-    assert report.leftovers_removed >= 1
+    ours = next(change.name for change in find_leftovers(killed.target) if change.kind == "MultipartUpload")
+    in_larger_parts = ours.removeprefix(f"gs://{BUCKET}/").replace(f".{5 * MIB}", f".{6 * MIB}")
+    Uploader(StorageClient(killed.target), HttpPool(stall_timeout_s=5)).begin(in_larger_parts, {})
+    report = killed.publish()
+    assert report.leftovers_removed == 1
     assert find_leftovers(killed.target) == ()
 
 

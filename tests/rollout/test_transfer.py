@@ -16,6 +16,7 @@ from rollout.errors import BadInput
 from rollout.model import ModelFile, PinnedModel
 from rollout.transfer import (
     MIB,
+    MIN_PART_BYTES,
     Links,
     Progress,
     Provenance,
@@ -54,6 +55,22 @@ def test_more_parts_than_an_upload_may_have_name_the_size_that_would_do() -> Non
 def test_parts_that_leave_no_room_for_two_buffers_are_refused() -> None:
     with pytest.raises(ValidationError, match="leaves no room for two buffers"):
         TransferSpec(part_bytes=256 * MIB)
+
+
+@given(st.integers(0, 2 * 10**12), st.integers(1, 64))
+def test_parts_of_a_small_model_are_small_enough_to_keep_every_connection_busy(size: int, connections: int) -> None:
+    spec = TransferSpec(connections=connections)
+    part_bytes = spec.part_bytes_of(size)
+    assert MIN_PART_BYTES <= part_bytes <= spec.part_bytes
+    assert part_bytes % MIB == 0
+    if MIN_PART_BYTES < part_bytes < spec.part_bytes:
+        assert size / part_bytes / connections == pytest.approx(32, rel=MIB / part_bytes)
+
+
+def test_the_size_of_parts_is_read_off_the_model() -> None:
+    spec = TransferSpec(connections=8, part_bytes=16 * MIB)
+    sizes = [spec.part_bytes_of(size * MIB) for size in (0, 1024, 2048, 4096, 52_000)]
+    assert sizes == [5 * MIB, 5 * MIB, 8 * MIB, 16 * MIB, 16 * MIB]
 
 
 @given(st.lists(st.binary(max_size=300), max_size=8))
