@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from rollout.errors import BadInput
+from rollout.transfer import ABANDONED_AFTER_DAYS
 
 if TYPE_CHECKING:
     from rollout.record import RolloutReport
@@ -269,11 +270,15 @@ def webhook(
 def janitor(
     target: TargetOption,
     show: Annotated[bool, typer.Option("--show", help="Only show what would be removed.")] = False,
+    transfers_after_days: Annotated[
+        float,
+        typer.Option(min=0, help="Remove what an unfinished transfer left after so many days without a sign of life."),
+    ] = ABANDONED_AFTER_DAYS,
 ) -> None:
-    """Clean up after what died: zombie runs, trials that nobody tore down, model servers past their expiry."""
+    """Clean up after what died: zombie runs, trials that nobody tore down, servers past their expiry, transfers."""
     from flows.janitor import janitor as perform
 
-    reports = perform(target, remove=not show)
+    reports = perform(target, remove=not show, transfers_after_days=transfers_after_days)
     for change in (change for report in reports for change in report.removed):
         typer.echo(f"removed  {change.kind:16} {change.name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Annotated, Self
 
 from pydantic import Field
@@ -21,6 +22,8 @@ class StoredObject(Value):
     crc32c: int
     """Of the whole object, computed by the service."""
     generation: int
+    updated_at: datetime
+    """By the service where it was listed, by our clock where it was written here."""
     metadata: dict[str, str] = {}
 
     @property

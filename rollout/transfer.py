@@ -41,6 +41,11 @@ WORK_FOLDER = f"{RESERVED_FOLDER}transfer/"
 """Below the model path: claims and files on their way; empty once a transfer has finished."""
 
 
+ABANDONED_AFTER_DAYS = 7
+"""A killed transfer whose branch has moved on is never taken up again, and its parts cost as much as objects; seven
+days without a sign of life: longer than anybody waits with a rerun, which would have to send everything anew."""
+
+
 class Route(StrEnum):
     STREAM = "stream"
     """From the hub straight into the bucket, through memory."""
@@ -168,6 +173,15 @@ class Progress(Value):
             f"{self.bytes_done / 1e9:.2f} of {self.bytes_total / 1e9:.2f} GB{place},"
             f" {self.bytes_per_s / 1e6:.0f} MB/s, {left}"
         )
+
+
+class UnfinishedTransfer(Value):
+    """A model path where a transfer is going on or was left unfinished."""
+
+    prefix: str
+    """In the bucket; ends in a slash unless it is the bucket's root."""
+    last_sign_at: datetime
+    """When it last wrote there: a living transfer renews its claim three times a minute."""
 
 
 class Source(StrEnum):

@@ -26,13 +26,15 @@ from rollout.clients.cluster import ClusterClient
 from rollout.clients.records import RecordStore
 from rollout.clients.restore import take_back
 from rollout.clients.sweeping import sweep
-from rollout.errors import NotFound
+from rollout.clients.transfer import remove_dead_leftovers, unfinished_transfers
+from rollout.errors import AnotherWriter, BucketNotFound, NotFound
 from rollout.ledger import Abandoned, abandoned, half_done
 from rollout.record import RolloutReport, TeardownReport, Verdict
 from rollout.rendering import KubernetesObject
 from rollout.report import StepStatus
 from rollout.show import teardown_markdown
 from rollout.target import Target
+from rollout.transfer import ABANDONED_AFTER_DAYS, UnfinishedTransfer
 from tasks.outcomes import ANNOUNCED_FLOWS, announce
 from tasks.step import Artifact, Outcome, step
 
@@ -127,6 +129,48 @@ def find_abandoned(target: Target, now: datetime) -> Outcome[tuple[Abandoned, ..
         status=StepStatus.DONE,
         data={"abandoned": rows},
         artifact=Artifact("abandoned", f"What should be gone from {target.name}", table=rows),
+    )
+
+
+@step("find dead transfers")
+def find_dead_transfers(
+    target: Target, now: datetime, after_days: float = ABANDONED_AFTER_DAYS
+) -> Outcome[tuple[UnfinishedTransfer, ...]]:
+    """Transfers of weights that have given no sign of life for `after_days`. Changes nothing."""
+    try:
+        found = unfinished_transfers(target)
+    except BucketNotFound:
+        found = ()
+    dead = tuple(each for each in found if now - each.last_sign_at >= timedelta(days=after_days))
+    rows = [
+        {
+            "model path": f"gs://{target.bucket}/{each.prefix}",
+            "last sign": str(each.last_sign_at),
+            "dead": "yes" if each in dead else "no",
+        }
+        for each in found
+    ]
+    return Outcome(
+        value=dead,
+        summary=f"{len(dead)} dead transfers among {len(found)} unfinished ones",
+        data={"unfinished": rows},
+        artifact=Artifact("dead-transfers", f"Unfinished transfers to {target.name}", table=rows),
+    )
+
+
+@step("sweep transfer")
+def sweep_transfer(target: Target, dead: UnfinishedTransfer) -> Outcome[None]:
+    """Remove what a dead transfer left: parts, temporary objects, its claim. What is published stays."""
+    uri = f"gs://{target.bucket}/{dead.prefix}"
+    try:
+        changes = remove_dead_leftovers(target, dead.prefix)
+    except AnotherWriter as error:
+        return Outcome(value=None, summary=f"{uri}: {error.summary}", status=StepStatus.UNCHANGED)
+    return Outcome(
+        value=None,
+        summary=f"{uri}: {len(changes)} leftovers of a dead transfer removed",
+        status=StepStatus.DONE if changes else StepStatus.UNCHANGED,
+        changes=changes,
     )
 
 

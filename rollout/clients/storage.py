@@ -23,6 +23,7 @@ from rollout.clients.google_auth import client_options, credentials_for, google_
 from rollout.clients.retrying import transient
 from rollout.report import Action, Change
 from rollout.target import Target
+from rollout.transfer import ABANDONED_AFTER_DAYS
 
 # Without this the official client asks for the bucket's metadata in a background thread, once per client: a request
 # more, and one that needs storage.buckets.get. It is read at every call, so that setting it after the import is enough.
@@ -31,11 +32,7 @@ os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 MANAGED_BY = {"managed-by": "llm-rollout"}
 """Label of every bucket that we made: teardown removes no other."""
 
-_ABORT_UPLOADS_AFTER_DAYS = 7
-"""A killed transfer whose branch has moved on is never taken up again, and its parts cost as much as objects; seven
-days: longer than anybody waits with a rerun, which would have to send everything anew."""
-
-_LISTED = "items(name,size,crc32c,generation,metadata),nextPageToken"
+_LISTED = "items(name,size,crc32c,generation,updated,metadata),nextPageToken"
 _CONNECTIONS = 32
 """Of the JSON API's own pool; more threads than that queue."""
 
@@ -154,7 +151,7 @@ class StorageClient:
         bucket.iam_configuration.uniform_bucket_level_access_enabled = True
         bucket.iam_configuration.public_access_prevention = "enforced"
         bucket.labels = dict(labels)
-        bucket.add_lifecycle_abort_incomplete_multipart_upload_rule(age=_ABORT_UPLOADS_AFTER_DAYS)
+        bucket.add_lifecycle_abort_incomplete_multipart_upload_rule(age=ABANDONED_AFTER_DAYS)
         with _mapped(f"gs://{self.bucket_name}"):
             try:
                 self._client.create_bucket(bucket, project=self.target.project, location=self.target.region)
@@ -309,6 +306,7 @@ def _stored(blob: storage.Blob) -> StoredObject:
         size_bytes=int(blob.size),
         crc32c=int.from_bytes(base64.b64decode(blob.crc32c), "big"),
         generation=int(blob.generation),
+        updated_at=blob.updated,
         metadata=dict(blob.metadata or {}),
     )
 

@@ -27,7 +27,7 @@ from rollout.clients.iam import (
 from rollout.clients.projects import Projects
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
-from rollout.clients.transfer import remove_dead_leftovers, unfinished_paths
+from rollout.clients.transfer import remove_dead_leftovers, unfinished_transfers
 from rollout.errors import AnotherWriter, ApiDisabled, BucketNotFound, NotFound, PermissionMissing
 from rollout.objects import INSTANCE_LABEL, removable
 from rollout.plan import object_name
@@ -228,8 +228,8 @@ def _remove_weights(work: _Teardown, shared_by: str) -> None:
     for uri in sorted(name for kind, name in work.owned if kind == "Weights"):
         path = uri.removeprefix(bucket).strip("/")
         _remove_model_path(work, storage, uri, f"{path}/" if path else "", shared_by)
-    for prefix in unfinished_paths(work.target):
-        _remove_leftovers(work, f"{bucket}/{prefix}".rstrip("/"), prefix)
+    for unfinished in unfinished_transfers(work.target):
+        _remove_leftovers(work, f"{bucket}/{unfinished.prefix}".rstrip("/"), unfinished.prefix)
     if work.weights is Weights.KEEP:
         work.keep("Bucket", bucket, "weights are kept by policy")
         return

@@ -16,10 +16,12 @@ way follow from what they hold, so a later run finds everything again by one lis
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 
@@ -49,6 +51,7 @@ from rollout.transfer import (
     Source,
     TransferReport,
     TransferSpec,
+    UnfinishedTransfer,
     content_metadata,
     content_of,
     proven_file,
@@ -180,12 +183,18 @@ def read_provenance(pinned: PinnedModel, target: Target) -> Provenance | None:
 
 def find_leftovers(target: Target, prefix: str = "") -> tuple[Change, ...]:
     """What unfinished runs left below `prefix`: multipart uploads, temporary objects, claims. Changes nothing."""
-    return _leftovers(target, prefix, remove=False)
+    with _connected(target) as (storage, uploader):
+        objects, uploads = _temporary(storage, uploader, prefix)
+    return (
+        *(_change(storage, Action.UNCHANGED, "Object", stored.name) for stored in objects),
+        *(_change(storage, Action.UNCHANGED, "MultipartUpload", upload.name) for upload in uploads),
+    )
 
 
 def remove_leftovers(target: Target, prefix: str = "") -> tuple[Change, ...]:
     """Remove what `find_leftovers` finds. A run that is still going on fails, and has to start over."""
-    return _leftovers(target, prefix, remove=True)
+    with _connected(target) as (storage, uploader):
+        return _remove(storage, uploader, *_temporary(storage, uploader, prefix))
 
 
 def remove_dead_leftovers(target: Target, prefix: str) -> tuple[Change, ...]:
@@ -205,14 +214,19 @@ def remove_dead_leftovers(target: Target, prefix: str) -> tuple[Change, ...]:
     return remove_leftovers(target, work)
 
 
-def unfinished_paths(target: Target) -> tuple[str, ...]:
-    """Prefixes of the model paths in the bucket where a transfer is going on or was left unfinished, by any run.
+def unfinished_transfers(target: Target) -> tuple[UnfinishedTransfer, ...]:
+    """The model paths in the bucket where a transfer is going on or was left unfinished, by any run.
 
     A record tells of a rollout's weights only: `publish-weights` keeps none.
     """
-    bucket = f"gs://{target.bucket}/"
-    names = (change.name.removeprefix(bucket) for change in find_leftovers(target))
-    return tuple(sorted({name[: name.index(WORK_FOLDER)] for name in names}))
+    last_sign: dict[str, datetime] = {}
+    with _connected(target) as (storage, uploader):
+        objects, uploads = _temporary(storage, uploader, "")
+    signs = [*((each.name, each.updated_at) for each in objects), *((each.name, each.begun_at) for each in uploads)]
+    for name, at in signs:
+        prefix = name[: name.index(WORK_FOLDER)]
+        last_sign[prefix] = max(at, last_sign.get(prefix, at))
+    return tuple(UnfinishedTransfer(prefix=prefix, last_sign_at=at) for prefix, at in sorted(last_sign.items()))
 
 
 class View:
@@ -517,21 +531,20 @@ def _is_temporary(name: str) -> bool:
     return f"/{WORK_FOLDER}" in f"/{name}"
 
 
-def _leftovers(target: Target, prefix: str, *, remove: bool) -> tuple[Change, ...]:
+@contextlib.contextmanager
+def _connected(target: Target) -> Iterator[tuple[StorageClient, Uploader]]:
     storage = StorageClient(target)
     pool = HttpPool(stall_timeout_s=TransferSpec().stall_timeout_s)
     try:
-        uploader = Uploader(storage, pool)
-        objects = [stored for stored in storage.list_objects(prefix) if _is_temporary(stored.name)]
-        uploads = [upload for upload in _uploads(uploader, prefix) if _is_temporary(upload.name)]
-        if remove:
-            return _remove(storage, uploader, objects, uploads)
+        yield storage, Uploader(storage, pool)
     finally:
         pool.close()
-    return (
-        *(_change(storage, Action.UNCHANGED, "Object", stored.name) for stored in objects),
-        *(_change(storage, Action.UNCHANGED, "MultipartUpload", upload.name) for upload in uploads),
-    )
+
+
+def _temporary(storage: StorageClient, uploader: Uploader, prefix: str) -> tuple[list[StoredObject], list[Upload]]:
+    """What a finished transfer does not leave behind."""
+    objects = [stored for stored in storage.list_objects(prefix) if _is_temporary(stored.name)]
+    return objects, [upload for upload in _uploads(uploader, prefix) if _is_temporary(upload.name)]
 
 
 def _uploads(uploader: Uploader, prefix: str) -> list[Upload]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ from rollout.bucket_objects import StoredObject
 from rollout.clients.raw_http import Body, HttpPool, HttpResponse
 from rollout.clients.retrying import TRANSIENT_STATUSES, transient
 from rollout.clients.storage import StorageClient, bucket_not_found
+from rollout.report import utc_now
 
 _LISTING_BYTES = 8 * 2**20
 """A page of 1000 uploads or parts takes about 300 KiB."""
@@ -28,6 +30,8 @@ class Upload(NamedTuple):
 
     name: str
     upload_id: str
+    begun_at: datetime
+    """By the service where it was listed, by our clock where it was begun here."""
 
 
 class ArrivedPart(NamedTuple):
@@ -60,13 +64,14 @@ class Uploader:
                 size_bytes=len(body),
                 crc32c=crc32c,
                 generation=int(response.headers["x-goog-generation"]),
+                updated_at=utc_now(),
                 metadata=dict(metadata),
             )
 
     def begin(self, name: str, metadata: Mapping[str, str]) -> Upload:
         """Start an upload whose object will carry `metadata`."""
         answer = self._xml("POST", name, "uploads=", headers=_described(metadata))
-        return Upload(name, _text(answer, "UploadId"))
+        return Upload(name, _text(answer, "UploadId"), utc_now())
 
     def uploads(self, prefix: str) -> Iterator[Upload]:
         """Unfinished uploads of objects below `prefix`, oldest first for each name."""
@@ -74,7 +79,8 @@ class Uploader:
         while True:
             answer = self._xml("GET", "", urlencode(query))
             for item in answer.iterfind("{*}Upload"):
-                yield Upload(_text(item, "Key"), _text(item, "UploadId"))
+                begun_at = datetime.fromisoformat(_text(item, "Initiated"))
+                yield Upload(_text(item, "Key"), _text(item, "UploadId"), begun_at)
             if _text(answer, "IsTruncated") != "true":
                 return
             query |= {

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from rollout.clients.transfer import (
     read_provenance,
     remove_dead_leftovers,
     remove_leftovers,
-    unfinished_paths,
+    unfinished_transfers,
 )
 from rollout.clients.transfer_job import run_shard
 from rollout.clients.uploads import Uploader
 from rollout.errors import AnotherWriter, BadInput, HashMismatch, RepositoryGated, TransferFailed, TransientError
-from rollout.report import StepStatus
+from rollout.report import StepStatus, utc_now
 from rollout.target import WeightsLayout
 from rollout.transfer import Progress, Route, Source, TransferSpec
 from rollout.transfer_job import ShardRequest
@@ -449,14 +450,16 @@ def test_a_path_that_no_record_knows_is_found_by_what_a_killed_run_left_there(ki
     abandoned = killed.prefix(killed.pin())
     killed.hub.store.publish("org/model", model_files(shards=1, seed="the branch has moved"))
     killed.publish()
-    assert unfinished_paths(killed.target) == (abandoned,)
+    (unfinished,) = unfinished_transfers(killed.target)
+    assert unfinished.prefix == abandoned
+    assert timedelta() <= utc_now() - unfinished.last_sign_at < timedelta(minutes=5)
     assert remove_dead_leftovers(killed.target, abandoned)
-    assert unfinished_paths(killed.target) == ()
+    assert unfinished_transfers(killed.target) == ()
 
 
 def test_the_leftovers_at_the_buckets_root_are_not_those_of_the_paths_below_it(killed: WeightsPlace) -> None:
     assert remove_dead_leftovers(killed.target, "") == ()
-    assert unfinished_paths(killed.target) == (killed.prefix(killed.pin()),)
+    assert [each.prefix for each in unfinished_transfers(killed.target)] == [killed.prefix(killed.pin())]
 
 
 def test_leftovers_that_this_run_cannot_use_are_removed_by_it(killed: WeightsPlace) -> None:

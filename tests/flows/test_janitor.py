@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any, Self
 from uuid import UUID
 
+import google_crc32c
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
@@ -21,13 +22,17 @@ from flows.janitor import janitor
 from flows.rollout_model import rollout_model
 from flows.watch_releases import watch_releases
 from rollout.clients.cluster import APPLY_PATCH, ClusterClient
+from rollout.clients.raw_http import HttpPool
 from rollout.clients.records import RecordStore
 from rollout.clients.storage import StorageClient
+from rollout.clients.transfer import find_leftovers
+from rollout.clients.uploads import Uploader
 from rollout.errors import BadInput, DeadlineExceeded, ExitCode
 from rollout.ledger import EXPIRY_ANNOTATION, serving_now
 from rollout.policy import Teardown
 from rollout.record import RECORDS_PREFIX, RolloutReport, Verdict
 from rollout.report import utc_now
+from rollout.transfer import MIN_PART_BYTES, WORK_FOLDER
 from tasks import limits
 from tasks.janitor import PAGE, SILENCE, START_PATIENCE
 from tasks.limits import target_alone_after
@@ -106,6 +111,53 @@ def test_a_server_past_its_expiry_goes(stage: Stage) -> None:
     (swept,) = janitor(str(stage.target_file))
     assert swept.left == ()
     assert stage.live("Deployment") == []
+
+
+def test_what_a_dead_transfer_left_goes_once_nobody_will_continue_it(stage: Stage) -> None:
+    storage = StorageClient(stage.target)
+    storage.ensure_bucket()
+    pool = HttpPool(stall_timeout_s=60)
+    uploader = Uploader(storage, pool)
+    work = f"org/model/0123/{WORK_FOLDER}"
+    upload = uploader.begin(f"{work}incoming/{'0' * 32}.{MIN_PART_BYTES}", {})
+    uploader.send(upload, 1, b"bytes", google_crc32c.value(b"bytes"))
+    uploader.put(f"{work}incoming/{'1' * 32}.{MIN_PART_BYTES}", b"more", google_crc32c.value(b"more"), {})
+    pool.close()
+    storage.write_json("org/model/0123/config.json", {"somebody": "put it there"})
+    target = str(stage.target_file)
+
+    janitor(target)
+    assert len(find_leftovers(stage.target)) == 2, "a rerun would continue it"
+    janitor(target, remove=False, transfers_after_days=0)
+    assert len(find_leftovers(stage.target)) == 2, "looking removes nothing"
+    janitor(target, transfers_after_days=0)
+    assert find_leftovers(stage.target) == ()
+    assert [stored.name for stored in storage.list_objects("org/")] == ["org/model/0123/config.json"]
+    storage.delete_prefix("org/")
+
+
+def test_a_transfer_that_is_going_on_is_left_alone(stage: Stage) -> None:
+    storage = StorageClient(stage.target)
+    storage.ensure_bucket()
+    claim = f"org/model/0123/{WORK_FOLDER}writer.json"
+    ended = threading.Event()
+
+    def write_elsewhere() -> None:
+        holder = {"host": "elsewhere", "pid": 1, "writer": "0", "ttl_s": 2.0}
+        while not ended.is_set():
+            storage.write_json(claim, holder)
+            ended.wait(0.2)
+
+    writer = threading.Thread(target=write_elsewhere)
+    writer.start()
+    try:
+        wait_for(lambda: bool(find_leftovers(stage.target)))
+        janitor(str(stage.target_file), transfers_after_days=0)
+    finally:
+        ended.set()
+        writer.join()
+    assert [change.name for change in find_leftovers(stage.target)] == [f"gs://{stage.target.bucket}/{claim}"]
+    storage.delete_prefix("org/")
 
 
 def test_a_cancelled_trial_is_torn_down_by_its_hook_in_another_process(stage: Stage, client: SyncPrefectClient) -> None:
