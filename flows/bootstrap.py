@@ -1,7 +1,7 @@
 """Prepare a Prefect server for the deployments of prefect.yaml: pools, limits, a place for the secret, notifications.
 
 Idempotent, and careful with what an operator has changed: a limit that was raised, a secret that was filled in and a
-pool that was edited stay as they are.
+pool that was edited stay as they are. What is asked for by name (`pool`, `image`) is set.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
     WorkPoolCreate,
+    WorkPoolUpdate,
 )
 from prefect.events.actions import SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
@@ -76,7 +77,7 @@ def bootstrap(
         targets: One exclusion limit, one GPU limit and one Secret block each.
         pool: Where deployments go, `laptop` or `cluster`; None keeps what is set, or takes `laptop`.
         gpus: GPUs that rollouts to one target may take at once; only for limits that do not exist yet.
-        image: Worker image of the cluster pool; only for a pool that does not exist yet.
+        image: Worker image of the cluster pool; None keeps what is set.
         notify: Notification block as `TYPE/NAME` (e.g. `slack-webhook/ops`); None makes no automations.
 
     Raises BadInput for a notification block that does not exist.
@@ -84,8 +85,7 @@ def bootstrap(
     changes: list[Change] = []
     with get_client(sync_client=True) as client:
         changes.append(_ensure_pool(client, LAPTOP_POOL, "process", "Runs on the machine of the worker.", {}))
-        template = _with_image(cluster_pool_template(), image)
-        changes.append(_ensure_pool(client, CLUSTER_POOL, "kubernetes", "Runs as Jobs in the cluster.", template))
+        changes.append(_ensure_cluster_pool(client, image))
         changes.append(_ensure_pool_variable(pool))
         for target in targets:
             changes.append(_ensure_limit(client, target_limit(target.name), 1))
@@ -166,10 +166,27 @@ def _ensure_pool(client: SyncPrefectClient, name: str, kind: str, description: s
     return _change(Action.UNCHANGED, "WorkPool", name, kind)
 
 
-def _with_image(template: dict[str, Any], image: str | None) -> dict[str, Any]:
+def _ensure_cluster_pool(client: SyncPrefectClient, image: str | None) -> Change:
+    template = cluster_pool_template()
     if image is not None:
         template["variables"]["properties"]["image"]["default"] = image
-    return template
+    change = _ensure_pool(client, CLUSTER_POOL, "kubernetes", "Runs as Jobs in the cluster.", template)
+    if change.action is Action.CREATED or image is None:
+        return change
+    found = client.read_work_pool(CLUSTER_POOL).base_job_template
+    try:
+        variable = found["variables"]["properties"]["image"]
+    except KeyError as error:
+        raise BadInput(
+            "the pool's base job template has no variable `image`.",
+            where=f"work pool {CLUSTER_POOL}",
+            resolution="Delete the pool if nothing uses it, and run the bootstrap again; or set the image by hand.",
+        ) from error
+    if variable.get("default") == image:
+        return change
+    variable["default"] = image
+    client.update_work_pool(CLUSTER_POOL, WorkPoolUpdate(base_job_template=found))
+    return _change(Action.UPDATED, "WorkPool", CLUSTER_POOL, f"image {image}")
 
 
 def _ensure_pool_variable(pool: str | None) -> Change:

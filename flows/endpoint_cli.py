@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from rollout.errors import ExitCode
 
 if TYPE_CHECKING:
     from rollout.benchmark import BenchmarkReport
+    from rollout.history import CurveRecord
     from rollout.objectives import Objectives
     from rollout.smoke import Capabilities, SmokeResult
     from rollout.workload import Workload
@@ -99,6 +101,7 @@ def benchmark(
     from rollout.catalog import validated
     from rollout.clients.loadgen import describe, run_benchmark
     from rollout.cost import Price, cost_at_knee
+    from rollout.history import yardstick
     from rollout.objectives import Objectives, judge
     from rollout.profile_formats import text_table
     from rollout.show import cost_sentence
@@ -118,14 +121,15 @@ def benchmark(
         where="benchmark",
     )
     wanted = Objectives() if objectives is None else settings_of(Objectives, objectives, "objectives")
-    wanted = wanted.model_copy(update={"demand_rate_per_s": demand or wanted.demand_rate_per_s})
+    asked = {"demand_rate_per_s": demand or wanted.demand_rate_per_s, "smoke_checks": ()}  # these are `smoke`'s
+    wanted = validated(Objectives, {**wanted.model_dump(mode="json"), **asked}, where="objectives")
+    _require_writable(report, *([] if pictures is None else [pictures]))
     served = model or _only_model(url)
     measured = run_benchmark(
         url, spec, model=served, on_stage=lambda stage: typer.echo(describe(stage)), objectives=wanted
     )
     hardware = {"accelerator": accelerator, "accelerator_count": accelerator_count}
     measured = measured.model_copy(update={"environment": measured.environment.model_copy(update=hardware)})
-    report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(measured.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     typer.echo("\n" + text_table(("question", "answer"), answers_of(measured, wanted).rows()), nl=False)
@@ -137,7 +141,8 @@ def benchmark(
         typer.echo(cost_sentence(cost))
     for note in measured.notes:
         typer.echo(f"note: {note}")
-    verdict = judge(wanted, measured.stages, cost=cost)
+    baseline = yardstick(_earlier(measured, history), measured)
+    verdict = judge(wanted, measured.stages, cost=cost, baseline=baseline.report.stages if baseline else ())
     if objectives is not None:
         typer.echo(verdict.summary())
     if pictures is not None:
@@ -170,6 +175,31 @@ def _workload(
     return validated(Workload, {**chosen.model_dump(), **changes}, where="benchmark") if changes else chosen
 
 
+def _require_writable(report: Path, *folders: Path) -> None:
+    """Before a sweep of many minutes, not after it."""
+    from rollout.errors import BadInput
+
+    if report.is_dir():
+        raise BadInput("this is a folder; the report is a file.", where=str(report))
+    for folder in (report.parent, *folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise BadInput(f"cannot write there: {error.strerror}.", where=str(folder)) from error
+
+
+def _earlier(measured: BenchmarkReport, folder: Path) -> list[CurveRecord]:
+    """The kept curves that `measured` may be compared with, oldest first."""
+    from rollout.clients.history import FolderHistory
+    from rollout.history import CurveRecord, records_of
+
+    record = CurveRecord(report=measured)
+    earlier = records_of(FolderHistory(folder), measured.spec.workload.key)
+    return [each for each in earlier if each.is_comparable_with(record)]
+
+
 def _draw(measured: BenchmarkReport, wanted: Objectives, folder: Path) -> None:
     from rollout.pictures import curve_pictures
 
@@ -182,16 +212,14 @@ def _draw(measured: BenchmarkReport, wanted: Objectives, folder: Path) -> None:
 def _keep(measured: BenchmarkReport, folder: Path, *, good: bool) -> None:
     """Keep the curve, and say how it differs from the last one that may be compared."""
     from rollout.clients.history import FolderHistory
-    from rollout.history import compare, keep, record_to_keep, records_of
+    from rollout.history import compare, keep, record_to_keep
     from rollout.profile_formats import text_table
 
-    store = FolderHistory(folder)
-    earlier = records_of(store, measured.spec.workload.key)
-    record = record_to_keep(earlier, measured, good=good, run_name="llm-rollout benchmark")
+    comparable = _earlier(measured, folder)
+    record = record_to_keep(comparable, measured, good=good, run_name="llm-rollout benchmark")
     if record is None:
         return
-    keep(store, record)
-    comparable = [each for each in earlier if each.is_comparable_with(record)]
+    keep(FolderHistory(folder), record)
     if comparable:
         rows = compare(comparable[-1], record).table()
         typer.echo(f"\nagainst the curve of {comparable[-1].report.started_at:%Y-%m-%d %H:%M} UTC:")

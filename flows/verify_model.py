@@ -30,7 +30,10 @@ def verify_model(request: RolloutRequest, report_file: str | None = None) -> Rol
             rolled out.
     """
     spec = resolve(request)
-    plan = plan_of_what_serves(request).model_copy(update={"policy": spec.policy, "target": spec.target})
+    served = plan_of_what_serves(request)
+    # Whether its replicas come and go is the server's own property.
+    policy = spec.policy.model_copy(update={"autoscaling": served.policy.autoscaling})
+    plan = served.model_copy(update={"policy": policy, "target": spec.target})
     with recorded(spec.target, report_file) as record:
         record.keep(plan=plan)
         verify(plan, record, occasion=record.report.run_id)

@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from rollout.curve import Curve, bracket, build_curve, is_sustained, plateau_ttft_s, saturation_rate
 from rollout.stage import Stage
@@ -57,6 +57,8 @@ class Endpoint(StrEnum):
 
 class BenchmarkSpec(Value):
     """A load sweep."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     workload: NamedWorkload = QUICKSTART
     """Spelled out, or the name of one of the quickstart's use cases, e.g. `chatbot`."""
@@ -169,13 +171,11 @@ def next_rate(spec: BenchmarkSpec, stages: Sequence[Stage]) -> float | None:
         return spec.start_rate_per_s
     if len(stages) >= spec.max_stages:
         return None
-    curve = build_curve(stages, resolution=spec.resolution)
-    if curve.knee is None:
-        return _higher_rate(spec, stages, curve)
     lower, upper = bracket(stages)
-    assert upper is not None  # there is a knee
+    if upper is None:
+        return _higher_rate(spec, stages, build_curve(stages, resolution=spec.resolution))
     if lower <= 0:
-        return _four_digits(upper / GROWTH)
+        return _lower_rate(spec, stages, upper)
     if upper / lower > 1 + spec.resolution * 1.01:
         return _refined_rate(spec, stages, lower, upper)
     return _repeated_rate(spec, stages, lower, upper)
@@ -188,6 +188,14 @@ def _higher_rate(spec: BenchmarkSpec, stages: Sequence[Stage], curve: Curve) -> 
     if highest >= spec.max_rate_per_s * 0.999:
         return None
     return min(_four_digits(highest * GROWTH), spec.max_rate_per_s)
+
+
+def _lower_rate(spec: BenchmarkSpec, stages: Sequence[Stage], upper: float) -> float | None:
+    """None where asking for less is in vain: two stages without one answer, or a single request in a long stage."""
+    if sum(stage.completed == 0 for stage in stages) >= 2:
+        return None
+    rate = _four_digits(upper / GROWTH)
+    return rate if rate * spec.stage_duration_s * LONGEST_STAGE >= 1 else None
 
 
 def _refined_rate(spec: BenchmarkSpec, stages: Sequence[Stage], lower: float, upper: float) -> float:

@@ -157,6 +157,9 @@ def build_curve(stages: Sequence[Stage], *, resolution: float = 0.1) -> Curve:
         return Curve(points=(), knee=None, not_reached="no stage was measured")
     if upper is None:
         return Curve(points=points, knee=None, not_reached=_why_not_reached(points, lower))
+    if lower <= 0 and saturation_rate(stages, lower) is None:
+        why = f"even at {points[0].rate_per_s:.3g} requests/s, the lowest rate, requests failed"
+        return Curve(points=points, knee=None, not_reached=why)
     return Curve(points=points, knee=_knee(points, lower, upper, stages, resolution))
 
 
@@ -248,7 +251,7 @@ def _median(values: Sequence[float]) -> float:
 
 def _knee(points: Sequence[CurvePoint], lower: float, upper: float, stages: Sequence[Stage], resolution: float) -> Knee:
     estimate = saturation_rate(stages, lower)
-    rate = min(estimate, upper) if estimate is not None else math.sqrt((lower or upper / 4) * upper)
+    rate = min(estimate, upper) if estimate is not None else math.sqrt(lower * upper)
     confidence, reason = _confidence(points, lower, upper, rate, resolution)
     tokens_per_request = stages[0].offered_output_tokens_per_s / stages[0].rate_per_s
     return Knee(

@@ -6,15 +6,21 @@ Records are JSON files under keys that sort by workload, then by date. Pure: whe
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from rollout.benchmark import BenchmarkReport, Environment
+from rollout.catalog import explain
 from rollout.curve import build_curve, interpolate, operating_rate
 from rollout.stage import LatencyMetric, Percentile
 from rollout.values import Value
+
+log = logging.getLogger(__name__)
 
 
 class CurveRecord(Value):
@@ -79,15 +85,31 @@ def records_of(store: HistoryStore, workload_key: str | None = None, *, model: s
     """All records of a workload (None: of all), oldest first; of one served model, if given."""
     prefix = "" if workload_key is None else f"{workload_key}/"
     keys = (key for key in store.keys(prefix) if key.endswith(".json"))
-    records = [CurveRecord.model_validate(store.read(key)) for key in keys]
+    records = [record for key in keys if (record := _record(store, key)) is not None]
     chosen = (record for record in records if model is None or record.environment.model == model)
     return sorted(chosen, key=lambda record: (record.report.started_at, record.key))
+
+
+def _record(store: HistoryStore, key: str) -> CurveRecord | None:
+    """None, with a warning, for a record of another version: it must not fail the rollout that seeks a yardstick."""
+    try:
+        return CurveRecord.model_validate(store.read(key))
+    except ValidationError as error:
+        log.warning("the kept curve %s cannot be read by this version and is left out: %s", key, explain(error))
+        return None
 
 
 def last_good(records: Sequence[CurveRecord], *, before: datetime | None = None) -> CurveRecord | None:
     """The youngest good record; the yardstick for `no worse than the last good rollout`."""
     candidates = [r for r in records if r.good and (before is None or r.report.started_at < before)]
     return max(candidates, key=lambda record: record.report.started_at, default=None)
+
+
+def yardstick(records: Sequence[CurveRecord], report: BenchmarkReport) -> CurveRecord | None:
+    """The last good curve before `report` that it may be compared with."""
+    measured = CurveRecord(report=report)
+    others = [each for each in records if each.is_comparable_with(measured) and each.report.stages != report.stages]
+    return last_good(others, before=report.started_at)
 
 
 class Difference(Value):

@@ -15,6 +15,7 @@ is defined as for the built-in client. Config keys and report fields: inference-
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -233,10 +234,11 @@ def _error_text(error: Any) -> str:
 
 
 def _failure_kind(error: Any) -> FailureKind:
-    """From the error's type: `HTTP Error <status>`, or the name of an exception of aiohttp or asyncio."""
+    """From the error's type: `HTTP Error <status>` (in some releases `<status> <reason>`), or an exception's name."""
     kind = str(error.get("error_type") if isinstance(error, Mapping) else error)
-    if kind.startswith("HTTP Error "):
-        status = int(kind.split()[-1])
+    answered = re.match(r"(?:HTTP Error )?(\d{3})\b", kind)
+    if answered:
+        status = int(answered[1])
         if status in (429, 503):
             return FailureKind.OVERLOADED
         return FailureKind.SERVER_ERROR if status >= 500 else FailureKind.REJECTED

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import StrEnum
+from statistics import median
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from rollout.cost import TokenCost
 from rollout.curve import Curve, build_curve, interpolate, operating_rate
@@ -24,6 +25,8 @@ class NoWorse(Value):
 
 class Objectives(Value):
     """Limits on what was measured; None and empty mean no limit."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     at_rate_per_s: Annotated[float, Field(gt=0)] | None = None
     """The rate at which latencies, goodput and errors are judged; None: 80 % of the measured knee."""
@@ -114,11 +117,11 @@ def judge(
     """
     rate = objectives.at_rate_per_s or operating_rate(stages)
     rows = [_latency_row(limit, stages, rate) for limit in objectives.latencies]
+    curve = build_curve(stages)
     if objectives.max_failed_share is not None:
-        rows.append(_failed_row(objectives.max_failed_share, stages, rate))
+        rows.append(_failed_row(objectives.max_failed_share, stages, rate, curve))
     if objectives.min_goodput_share is not None:
         rows.append(_goodput_row(objectives.min_goodput_share, stages, rate))
-    curve = build_curve(stages)
     if objectives.min_knee_rate_per_s is not None:
         row = _at_least("knee", objectives.min_knee_rate_per_s, _knee_rate(curve), "requests/s")
         rows.append(_unless_unreached(row, curve))
@@ -138,29 +141,42 @@ def judge(
 def _latency_row(limit: LatencyLimit, stages: Sequence[Stage], rate: float) -> ObjectiveResult:
     measured = interpolate(stages, rate, limit.metric, limit.percentile)
     value = None if math.isnan(measured) else measured * 1e3
-    return _unless_unmeasured(_at_most(limit.name, limit.limit_s * 1e3, value, "ms"), stages, rate)
+    having = [stage for stage in stages if stage.latency_s(limit.metric, limit.percentile) is not None]
+    return _unless_unmeasured(_at_most(limit.name, limit.limit_s * 1e3, value, "ms"), having, rate)
 
 
 def _unless_unmeasured(row: ObjectiveResult, stages: Sequence[Stage], rate: float) -> ObjectiveResult:
-    """Beyond the highest measured rate a latency is anybody's guess."""
+    """Beyond the highest rate at which a figure was measured it is anybody's guess."""
     if rate <= max((stage.rate_per_s for stage in stages), default=0.0) * 1.001:
         return row
     reason = f"{row.objective}: nothing was measured at {rate:.3g} requests/s"
     return row.model_copy(update={"outcome": Outcome.UNKNOWN, "reason": reason})
 
 
-def _failed_row(limit: float, stages: Sequence[Stage], rate: float) -> ObjectiveResult:
-    below = [stage for stage in stages if stage.rate_per_s <= rate * 1.001] or list(stages)
+def _failed_row(limit: float, stages: Sequence[Stage], rate: float, curve: Curve) -> ObjectiveResult:
+    """The worst stage up to the rate; past the knee, where failures begin at once, also the next one above it."""
+    upto = rate
+    if curve.knee is not None and rate > curve.knee.rate_per_s:
+        upto = min((stage.rate_per_s for stage in stages if stage.rate_per_s >= rate), default=rate)
+    below = [stage for stage in stages if stage.rate_per_s <= upto * 1.001] or list(stages)
     worst = max((stage.failed_share for stage in below), default=None)
     row = _at_most("failed requests", limit * 100, None if worst is None else worst * 100, "%")
+    if row.outcome is Outcome.MET:
+        return _unless_unmeasured(row, stages, rate)
     detail = next((stage.first_failure for stage in below if stage.first_failure), "")
     return row.model_copy(update={"reason": f"{row.reason}: {detail}"}) if row.reason and detail else row
 
 
 def _goodput_row(limit: float, stages: Sequence[Stage], rate: float) -> ObjectiveResult:
-    near = min((s for s in stages if s.goodput_share is not None), key=lambda s: abs(s.rate_per_s - rate), default=None)
-    share = near.goodput_share if near else None
-    return _at_least("goodput", limit * 100, None if share is None else share * 100, "%")
+    """The median of the stages at the measured rate that is nearest."""
+    shares: dict[float, list[float]] = {}
+    for stage in stages:
+        if stage.goodput_share is not None:
+            shares.setdefault(stage.rate_per_s, []).append(stage.goodput_share)
+    nearest = min(shares, key=lambda measured: abs(measured - rate), default=None)
+    share = None if nearest is None else median(shares[nearest])
+    row = _at_least("goodput", limit * 100, None if share is None else share * 100, "%")
+    return row if share is None else _unless_unmeasured(row, stages, rate)
 
 
 def _smoke_row(name: str, passed: frozenset[str]) -> ObjectiveResult:
@@ -246,10 +262,13 @@ def compare_with_baseline(
     for metric in (LatencyMetric.TTFT, LatencyMetric.ITL):
         old = interpolate(baseline, rate, metric, Percentile.P50)
         new = interpolate(stages, rate, metric, Percentile.P50)
-        if math.isnan(old) or math.isnan(new):
+        name = f"{metric.value.upper()} p50 at {rate:.3g}/s"
+        if math.isnan(old):
+            continue
+        if math.isnan(new):
+            rows.append(_at_most(f"{name}, against the last good rollout", old * 1e3, None, "ms"))
             continue
         noise = 2 * math.hypot(_median_noise(baseline, rate, metric), _median_noise(stages, rate, metric))
-        name = f"{metric.value.upper()} p50 at {rate:.3g}/s"
         row = _no_worse_row(name, old * 1e3, new * 1e3, "ms", no_worse.by_share + noise, sign=-1)
         rows.append(_unless_unmeasured(row, stages, rate))
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rollout.autoscaling import AutoscalingSpec
 from rollout.benchmark import BenchmarkSpec
@@ -28,6 +28,11 @@ class Weights(StrEnum):
 
     KEEP = "keep"
     DELETE = "delete"
+
+
+def _yaml_off(value: object) -> object:
+    """YAML 1.1 reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 class WarmUp(StrEnum):
@@ -84,7 +89,7 @@ class RolloutPolicy(Value):
         description="How weights move from Hugging Face to the bucket. The defaults suit every model.",
         json_schema_extra={"position": 7},
     )
-    warm_up: WarmUp = Field(
+    warm_up: Annotated[WarmUp, BeforeValidator(_yaml_off)] = Field(
         WarmUp.CHEAP,
         title="Warm-up of the GPU node",
         description="When the node of a first rollout is started: off (after the weights), cheap (so that it is there"

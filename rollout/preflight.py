@@ -214,7 +214,7 @@ def check_machine(serving: ServingSpec, target: Target, *, on_pool: bool) -> Che
         return warning(
             name,
             f"Google Cloud offers {machine} as Spot or Flex-start alone, and this asks for on-demand",
-            "Take a3-highgpu-8g, or a node pool with spot: true.",
+            "Take a3-highgpu-8g (`machines` of the target), or a node pool with spot: true.",
         )
     return ok(name, machine)
 

@@ -82,16 +82,20 @@ class RolloutSpec(Value):
 def resolve(request: RolloutRequest) -> RolloutSpec:
     """Load the presets that `request` names and lay its own wishes over them. Raises `BadInput`.
 
-    One wish has a floor: a target may ask for more approval than the request, and the stricter of both counts.
+    One wish has a floor: a target may ask for more approval than the request, and the stricter of both counts. Where
+    the target names the machines for the preset's GPUs, the replicas run on these.
     """
-    preset = catalog.load_model(request.model)
+    preset, target = catalog.load_model(request.model), catalog.load_target(request.target)
     wishes = {
         name: value for name in ("replicas", "max_model_len", "image") if (value := getattr(request, name)) is not None
     }
+    accelerator = preset.serving.accelerator
+    if accelerator.type in target.machines:
+        machine = target.machines[accelerator.type]
+        wishes["accelerator"] = {**accelerator.model_dump(mode="json"), **machine.model_dump(mode="json")}
     serving = catalog.validated(
         ServingSpec, {**preset.serving.model_dump(mode="json"), **wishes}, where=f"serving spec of {request.model}"
     )
     model = preset.model if request.revision is None else preset.model.model_copy(update={"revision": request.revision})
-    target = catalog.load_target(request.target)
     policy = request.policy.model_copy(update={"approval": request.policy.approval.or_stricter(target.approval)})
     return RolloutSpec(model=model, serving=serving, target=target, policy=policy)

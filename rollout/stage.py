@@ -349,11 +349,15 @@ _SAMPLE = re.compile(r"^(vllm:[a-z_]+)(?:\{[^}]*\})? ([-+.0-9eE]+|NaN)$", re.MUL
 
 
 def parse_vllm_metrics(text: str) -> dict[str, float]:
-    """vLLM's plain gauges and counters in the Prometheus text format, summed over engines; no histograms."""
+    """vLLM's plain gauges and counters in the Prometheus text format; no histograms.
+
+    Over several engines of one server they are summed; of shares (`…_perc`) the highest counts.
+    """
     values: dict[str, float] = {}
     for name, value in _SAMPLE.findall(text):
         if not name.endswith(("_bucket", "_created", "_sum")):
-            values[name] = values.get(name, 0.0) + float(value)
+            known = values.get(name, 0.0)
+            values[name] = max(known, float(value)) if name.endswith("_perc") else known + float(value)
     return values
 
 

@@ -71,6 +71,16 @@ class NodePool(Value):
     """100 GiB: GKE's default; 90 % of it is usable."""
 
 
+class GpuMachine(Value):
+    """The machines that hold one type of GPU in an environment."""
+
+    machine_type: str
+    machine_gpu_count: Annotated[int, Field(ge=1, le=16)]
+    """GPUs of one machine."""
+    compute_class: KubernetesName | None = None
+    """Name of the ComputeClass that creates them; None selects nodes by accelerator label (Standard clusters)."""
+
+
 class Cluster(Value):
     """The cluster that serves: created when absent, adopted when present."""
 
@@ -112,6 +122,9 @@ class Target(Value):
     universe: Universe = Universe()
     credentials: CredentialSource = CredentialSource.APPLICATION_DEFAULT
     cluster: Cluster = Cluster()
+    machines: dict[str, GpuMachine] = {}
+    """By type of accelerator, e.g. `nvidia-h100-80gb`. Counts over `serving.accelerator` of a model's preset, which
+    knows how many GPUs the model needs, and not what machines a region has."""
     namespace: KubernetesName = "default"
     ksa: KubernetesName = "llm-server"
     """Kubernetes service account of the serving pods."""

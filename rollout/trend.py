@@ -59,7 +59,7 @@ def trends(records: Sequence[CurveRecord]) -> tuple[Trend, ...]:
     rate = min(operating_rate(report.stages) for report in reports)
     figures: list[tuple[str, str, bool, Callable[[BenchmarkReport], float]]] = [
         ("knee", "requests/s", True, _knee),
-        ("output tokens/s at saturation", "tokens/s", True, lambda report: report.curve.max_output_tokens_per_s),
+        ("output tokens/s at saturation", "tokens/s", True, _saturated),
     ]
     for metric in (LatencyMetric.TTFT, LatencyMetric.ITL, LatencyMetric.NTPOT):
         figures.append((f"{metric.value.upper()} p50 at {rate:.3g} requests/s", "ms", False, _latency(metric, rate)))
@@ -110,7 +110,12 @@ def _trend(figure: str, unit: str, days: Sequence[float], values: Sequence[float
 
 
 def _knee(report: BenchmarkReport) -> float:
-    return report.curve.knee.rate_per_s if report.curve.knee else report.curve.highest_sustained_per_s
+    """NaN where it was not reached: a lower bound that falls with the load that was offered is no trend."""
+    return report.curve.knee.rate_per_s if report.curve.knee else math.nan
+
+
+def _saturated(report: BenchmarkReport) -> float:
+    return report.curve.knee.output_tokens_per_s if report.curve.knee else math.nan
 
 
 def _latency(metric: LatencyMetric, rate: float) -> Callable[[BenchmarkReport], float]:

@@ -17,7 +17,7 @@ from rollout.clients.openai_api import run_smoke_suite
 from rollout.clients.records import RecordStore
 from rollout.cost import TokenCost, cost_at_knee
 from rollout.errors import ObjectivesMissed, SmokeFailed
-from rollout.history import CurveRecord, compare, keep, last_good, record_to_keep, records_of
+from rollout.history import CurveRecord, compare, keep, record_to_keep, records_of, yardstick
 from rollout.objectives import Verdict, judge
 from rollout.objects import port_forward_line
 from rollout.pictures import curve_pictures
@@ -174,8 +174,7 @@ def judge_objectives(plan: RolloutPlan, smoke: SmokeReport | None, benchmark: Be
         objectives = objectives.model_copy(update={"smoke_checks": ()})
     store = BucketHistory(plan.target)
     curves = records_of(store, benchmark.spec.workload.key, model=benchmark.environment.model)
-    others = [curve for curve in curves if curve.report.stages != benchmark.stages]
-    baseline = last_good(others, before=benchmark.started_at)
+    baseline = yardstick(curves, benchmark)
     cost = _cost(plan, benchmark)
     verdict = judge(
         objectives,

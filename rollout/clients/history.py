@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.clients.storage import StorageClient
-from rollout.errors import NotFound
+from rollout.errors import BadInput, NotFound
 from rollout.target import Target
 
 HISTORY_PREFIX = ".llm-rollout/curves/"
@@ -27,6 +27,10 @@ class FolderHistory:
             value: Mapping[str, Any] = json.loads((self._folder / key).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise NotFound("there is no such curve.", where=str(self._folder / key)) from error
+        except (ValueError, OSError) as error:
+            raise BadInput(
+                "the kept curve cannot be read.", where=str(self._folder / key), resolution="Remove the file."
+            ) from error
         return value
 
     def write(self, key: str, value: Mapping[str, Any]) -> None:

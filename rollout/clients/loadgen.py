@@ -106,6 +106,8 @@ def run_benchmark(
     context_window = api.max_model_len(model)
     if context_window is not None:
         spec = spec.model_copy(update={"workload": spec.workload.with_limit(context_window)})
+    # Asked before the load, which a server may not survive.
+    environment = environment or Environment(model=model, server_version=api.version())
     stages = list(completed)
     planned, salt = next_stage(spec, stages), ""
     if planned is not None:
@@ -120,7 +122,6 @@ def run_benchmark(
             if on_stage is not None:
                 on_stage(stage)
             planned = next_stage(spec, stages)
-    environment = environment or Environment(model=model, server_version=api.version())
     return benchmark_report(
         spec,
         environment,
@@ -276,15 +277,16 @@ class MetricsScraper:
 
     def _scrape(self) -> None:
         with requests.Session() as session:
-            stopping = False
+            stopping, wait_s = False, 0.0
             while not stopping:
-                stopping = self._stopping.wait(self._interval_s if self.samples else 0)
+                stopping = self._stopping.wait(wait_s)
+                wait_s = self._interval_s
                 try:
                     answer = session.get(self._url, timeout=10)
                 except requests.RequestException as error:
                     log.debug("no metrics from %s: %s", self._url, error)
                     continue
-                if answer.status_code in (404, 405, 501):
+                if answer.status_code in (401, 403, 404, 405, 501):
                     return
                 if answer.ok:
                     self.samples.append(answer.text)

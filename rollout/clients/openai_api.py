@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -76,6 +77,13 @@ class OpenAiApi:
     """A small client; raises SmokeFailed, with the tutorial's explanation, when the endpoint cannot be reached."""
 
     def __init__(self, base_url: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        parts = urlsplit(base_url)
+        if parts.username is not None:
+            raise BadInput(
+                "an address with a user name and a password would show them in every line that repeats a request.",
+                where=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
+                resolution="Give the address without them, through a proxy or port-forward that authenticates.",
+            )
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._timeout = (CONNECT_TIMEOUT_S, timeout_s)
         self._session = requests.Session()

@@ -605,33 +605,41 @@ def _complete(record: RequestRecord, connection: _Connection) -> None:
     """Close the record of an answer with status 200."""
     record.token_times_s = connection.times
     record.output_tokens = len(connection.times)
-    try:
-        closing: dict[str, Any] = json.loads(connection.closing_event) if connection.closing_event else {}
-    except ValueError:
-        closing = {}
+    closing = _object(connection.closing_event)
     if closing.get("error"):
         record.failure, record.detail = FailureKind.BROKEN_STREAM, str(closing["error"])[:300]
         return
     if connection.error_text != b"[DONE]":
         record.failure, record.detail = FailureKind.BROKEN_STREAM, "the stream ended without `data: [DONE]`"
         return
-    usage = closing.get("usage") or {}
-    if usage:
-        record.input_tokens = int(usage.get("prompt_tokens", record.input_tokens))
-        record.output_tokens = int(usage.get("completion_tokens", record.output_tokens))
+    usage = closing.get("usage")
+    if isinstance(usage, dict):
+        record.input_tokens = _count(usage.get("prompt_tokens"), record.input_tokens)
+        record.output_tokens = _count(usage.get("completion_tokens"), record.output_tokens)
         # The last piece may carry only the finish reason.
         del connection.times[record.output_tokens :]
     if not connection.times:
         record.failure, record.detail = FailureKind.BROKEN_STREAM, "an answer without a token"
 
 
+def _object(text: bytes) -> dict[str, Any]:
+    """The JSON object that a server sent; empty for anything else."""
+    try:
+        value = json.loads(text) if text else None
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _count(stated: object, counted: int) -> int:
+    """Tokens as the server states them, if it states a number."""
+    return stated if isinstance(stated, int) and stated >= 0 else counted
+
+
 def _rejection(status: int, body: bytes) -> tuple[FailureKind, str]:
     text = body.decode("utf-8", "replace")
-    try:
-        error = json.loads(text).get("error")
-        text = error.get("message", text) if isinstance(error, dict) else str(error or text)
-    except (ValueError, AttributeError):
-        pass
+    error = _object(body).get("error")
+    text = str((error.get("message") if isinstance(error, dict) else error) or text)
     detail = f"HTTP {status}: {text[:300]}"
     if status in (429, 503):
         return FailureKind.OVERLOADED, detail

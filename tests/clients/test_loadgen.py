@@ -243,6 +243,17 @@ def test_without_usage_pieces_are_counted() -> None:
     assert (record.input_tokens, record.output_tokens) == (5, 2)
 
 
+@pytest.mark.parametrize(
+    "oddity",
+    [b"null", b"5", b'"x"', b"[1]", b'{"usage": {"prompt_tokens": null, "completion_tokens": "3"}}', b'{"usage": 3}'],
+)
+def test_an_odd_closing_event_ends_no_sweep(oddity: bytes) -> None:
+    with Scripted(streaming(event(), event(), b"data: " + oddity + b"\n\n", DONE)) as server:
+        (record,) = send(server.url)
+    assert record.failure is None, record.detail
+    assert (record.input_tokens, record.output_tokens) == (5, 2)
+
+
 def answering(status: int, body: Any) -> Handler:
     async def handler(request: web.Request) -> web.Response:
         await request.read()
@@ -268,6 +279,8 @@ ERROR = {"error": {"message": "because", "code": 400}}
         (answering(429, ERROR), FailureKind.OVERLOADED, "HTTP 429: because"),
         (answering(503, ["busy"]), FailureKind.OVERLOADED, "busy"),
         (answering(500, ERROR), FailureKind.SERVER_ERROR, "HTTP 500: because"),
+        (answering(500, {"error": {"message": None}}), FailureKind.SERVER_ERROR, "HTTP 500: {"),
+        (answering(500, {"error": {"message": {"a": 1}}}), FailureKind.SERVER_ERROR, "HTTP 500: {'a': 1}"),
         (streaming(event(), event()), FailureKind.BROKEN_STREAM, "without `data: [DONE]`"),
         (streaming(event(), b'data: {"error": {"message": "lost"}}\n\n', DONE), FailureKind.BROKEN_STREAM, "lost"),
         (streaming(USAGE, DONE), FailureKind.BROKEN_STREAM, "without a token"),

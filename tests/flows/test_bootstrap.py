@@ -16,7 +16,7 @@ import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate, WorkPoolUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments.runner import EntrypointType
 from prefect.flows import load_flow_from_entrypoint
@@ -143,6 +143,28 @@ def test_the_cluster_pool_has_our_template(target: Target, client: SyncPrefectCl
     assert variables["service_account_name"]["default"] == "llm-rollout-job"
     assert variables["pod_watch_timeout_seconds"]["default"] >= 600
     assert variables["env"]["default"]["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "crash"
+
+
+def test_the_pools_image_is_set_whenever_it_is_given_and_nothing_else_of_the_pool(
+    target: Target, client: SyncPrefectClient
+) -> None:
+    def template() -> dict[str, Any]:
+        return client.read_work_pool(CLUSTER_POOL).base_job_template
+
+    bootstrap([target])
+    changed = template()
+    changed["variables"]["properties"]["image"]["default"] = "registry/worker:1"
+    changed["variables"]["properties"]["namespace"]["default"] = "somewhere-else"
+    client.update_work_pool(CLUSTER_POOL, WorkPoolUpdate(base_job_template=changed))
+
+    bootstrap([target])
+    assert template() == changed
+    (updated,) = [change for change in bootstrap([target], image="registry/worker:2") if change.name == CLUSTER_POOL]
+    assert (updated.action, updated.detail) == (Action.UPDATED, "image registry/worker:2")
+    changed["variables"]["properties"]["image"]["default"] = "registry/worker:2"
+    assert template() == changed
+    (same,) = [change for change in bootstrap([target], image="registry/worker:2") if change.name == CLUSTER_POOL]
+    assert same.action is Action.UNCHANGED
 
 
 def test_every_placeholder_of_the_template_is_a_variable_and_the_other_way_round() -> None:

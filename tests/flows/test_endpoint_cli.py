@@ -73,6 +73,20 @@ def test_a_benchmark_answers_keeps_its_curve_and_is_compared(run: CliRunner, tmp
         assert missed.exit_code == ExitCode.OBJECTIVES_MISSED
         assert "TTFT p90 is" in missed.output
 
+        # The yardstick is the last good curve; smoke checks are another command's.
+        objectives.write_text("no_worse: {by_share: 0.000001}\nsmoke_checks: [health]\n")
+        for path in curves.rglob("*.json"):
+            faster = json.loads(path.read_text())
+            for stage in faster["report"]["stages"]:
+                stage["ttft_s"] |= {name: 1e-6 for name in stage["ttft_s"] if name != "count"}
+            path.write_text(json.dumps(faster))
+        slower = run.invoke(app, [*sweep, "--no-keep", "--accelerator", "nvidia-l4", "--objectives", str(objectives)])
+        assert slower.exit_code == ExitCode.OBJECTIVES_MISSED, slower.output
+        assert "TTFT p50 at" in slower.output
+        assert "smoke" not in slower.output
+        other = run.invoke(app, [*sweep, "--no-keep", "--accelerator", "nvidia-a100", "--objectives", str(objectives)])
+        assert other.exit_code == ExitCode.DONE, "another accelerator's curve is no yardstick"
+
     listed = json.loads(run.invoke(app, ["curves", "list", *kept, "--json"]).output)
     assert [row["accelerator"] for row in listed] == ["1 x nvidia-l4"] * 2
     compared = run.invoke(app, ["curves", "compare", *kept])
@@ -93,12 +107,23 @@ def test_a_benchmark_answers_keeps_its_curve_and_is_compared(run: CliRunner, tmp
         (["--endpoint", "embeddings"], "endpoint"),
         (["--objectives", "no-such-file"], "cannot read the objectives"),
         (["--workload", "poetry"], "there is no workload 'poetry'"),
+        (["--report", "."], "this is a folder"),
+        (["--report", "/proc/none/report.json"], "cannot write there"),
+        (["--demand", "inf"], "demand_rate_per_s"),
     ],
 )
 def test_a_wrong_option_is_named_before_any_load(run: CliRunner, arguments: list[str], message: str) -> None:
     result = run.invoke(app, ["benchmark", "http://127.0.0.1:9", "--model", "m", *arguments])
     assert isinstance(result.exception, RolloutError)
     assert message in str(result.exception)
+
+
+def test_an_address_with_a_password_is_refused_without_showing_it(run: CliRunner) -> None:
+    for command in ("smoke", "benchmark"):
+        result = run.invoke(app, [command, "http://user:hunter2@127.0.0.1:9", "--model", "m"])
+        assert isinstance(result.exception, RolloutError)
+        assert "user name and a password" in str(result.exception)
+        assert "hunter2" not in str(result.exception) + result.output
 
 
 def test_curves_that_cannot_be_compared_are_refused(run: CliRunner, tmp_path: Path) -> None:

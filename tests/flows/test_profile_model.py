@@ -9,6 +9,7 @@ import pytest
 from flows.profile_model import profile_model
 from flows.rollout_model import rollout_model
 from flows.teardown_model import teardown_model
+from flows.verify_model import verify_model
 from rollout.autoscaling import AutoscalingSpec
 from rollout.benchmark import BenchmarkSpec
 from rollout.errors import BadInput
@@ -73,6 +74,9 @@ def test_a_profile_becomes_an_autoscaler_that_brings_the_replicas_and_a_later_ro
     assert first.plan is not None
     assert any(check.name == "metrics adapter" for check in first.plan.checks)
     assert rollout_model(request(stage, 1, autoscaling=autoscaling)).changed_nothing
+
+    verified = verify_model(request(stage, 1))
+    assert steps(verified)["benchmark"].status is StepStatus.SKIPPED, "its replicas come and go, whatever is asked now"
 
     fixed = rollout_model(request(stage, 1, benchmark=None))
     assert stage.live("HorizontalPodAutoscaler") == []

@@ -158,6 +158,7 @@ vllm:num_requests_running{{engine="0",model_name="m"}} {running}
 vllm:num_requests_running{{engine="1",model_name="m"}} 1.0
 vllm:num_requests_waiting{{engine="0",model_name="m"}} 2.0
 vllm:kv_cache_usage_perc{{engine="0",model_name="m"}} 0.25
+vllm:kv_cache_usage_perc{{engine="1",model_name="m"}} 0.2
 vllm:prefix_cache_queries_total{{engine="0",model_name="m"}} {queries}
 vllm:prefix_cache_hits_total{{engine="0",model_name="m"}} 5.0
 vllm:num_preemptions_total{{engine="0",model_name="m"}} 3.0
@@ -202,6 +203,33 @@ def test_an_interrupted_sweep_continues_as_if_nothing_had_happened() -> None:
 def test_a_start_above_the_knee_is_halved_until_it_is_sustained() -> None:
     stages = SERVER.sweep(BenchmarkSpec(start_rate_per_s=64))
     assert [stage.rate_per_s for stage in stages[:4]] == [64, 32, 16, 8]
+
+
+def test_a_server_that_has_died_is_not_asked_for_hours() -> None:
+    spec, stages = BenchmarkSpec(), []
+    while (planned := next_stage(spec, stages)) is not None:
+        dead = record(0.1, failure=FailureKind.REFUSED)
+        count = round(planned.rate_per_s * planned.duration_s)
+        stages.append(summarize([dead] * count, duration_s=count / planned.rate_per_s))
+    assert len(stages) == 2
+
+
+def test_a_slow_server_is_asked_for_less_until_a_stage_would_be_one_request() -> None:
+    spec = BenchmarkSpec(stage_duration_s=5)
+    stages = [QueueServer(0.001).stage(1.0).model_copy(update={"completed": 1})]
+    for _ in range(spec.max_stages):
+        planned = next_stage(spec, stages)
+        if planned is None:
+            break
+        stages.append(QueueServer(0.001).stage(planned.rate_per_s).model_copy(update={"completed": 1}))
+    assert len(stages) < spec.max_stages
+    assert min(stage.rate_per_s for stage in stages) >= 1 / (5 * 10)
+
+
+@pytest.mark.parametrize("field", ["stage_duration_s", "start_rate_per_s", "max_rate_per_s"])
+def test_endless_is_no_number(field: str) -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        BenchmarkSpec(**{field: float("inf")})
 
 
 def test_fixed_rates_are_measured_as_given() -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from rollout import catalog
 from rollout.errors import BadInput
-from rollout.policy import RolloutPolicy
+from rollout.policy import RolloutPolicy, WarmUp
 from rollout.request import RolloutRequest, resolve
 from rollout.target import Approval
 
@@ -66,6 +66,26 @@ def test_wishes_of_the_request_lie_over_the_preset() -> None:
     )
     assert (spec.model.revision, spec.serving.replicas, spec.serving.max_model_len) == ("v1", 2, 4096)
     assert spec.serving.served_model_name == "google/gemma-4-31B-it"
+
+
+@pytest.mark.parametrize("name", ["gemma-4-26b-a4b-it", "gemma-4-31b-it"])
+def test_the_same_preset_runs_on_the_machines_that_its_target_names(name: str, tmp_path: Path) -> None:
+    on_s3ns = resolve(RolloutRequest(model=name, target="s3ns-france")).serving.accelerator
+    on_google = resolve(RolloutRequest(model=name, target="google-cloud")).serving.accelerator
+    assert (on_s3ns.machine_type, on_s3ns.compute_class) == ("a3-edgegpu-8g-nolssd", "a3-edgegpu-8g-nolssd")
+    assert (on_google.machine_type, on_google.compute_class) == ("a3-highgpu-8g", "h100")
+    assert (on_google.type, on_google.count) == (on_s3ns.type, on_s3ns.count)
+
+    path = tmp_path / "small.yaml"
+    target = catalog.load_target("google-cloud").model_dump(mode="json")
+    path.write_text(
+        yaml.safe_dump({**target, "machines": {"nvidia-l4": {"machine_type": "g", "machine_gpu_count": 1}}})
+    )
+    assert resolve(RolloutRequest(model=name, target=str(path))).serving.accelerator == on_s3ns
+
+
+def test_a_bare_off_in_yaml_is_no_truth_value() -> None:
+    assert RolloutPolicy.model_validate(yaml.safe_load("warm_up: off")).warm_up is WarmUp.OFF
 
 
 @pytest.mark.parametrize(

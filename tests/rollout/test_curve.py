@@ -109,6 +109,15 @@ def test_even_the_lowest_rate_may_be_too_much() -> None:
     assert curve.knee.rate_per_s == pytest.approx(0.5)
 
 
+def test_where_nothing_was_answered_there_is_no_knee_to_plan_with() -> None:
+    failed = QueueServer(100).stage(32.0).model_copy(update={"failures": {"refused": 960}, "completed": 0})
+    curve = build_curve([failed])
+    assert curve.knee is None
+    assert "even at 32 requests/s, the lowest rate, requests failed" in curve.not_reached
+    assert operating_rate([failed]) == 0
+    assert replicas_for(20, [failed]) is None
+
+
 def test_a_stage_that_the_client_limited_is_not_the_servers_knee() -> None:
     client = ClientSide(schedule_delay_s=spread(0.5, 1), busy_share=0.99, limited_by="its loop was 99 % busy")
     server = QueueServer(10)

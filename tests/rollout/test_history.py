@@ -9,8 +9,8 @@ import pytest
 
 from rollout.benchmark import BenchmarkSpec, Environment, benchmark_report
 from rollout.clients.history import FolderHistory
-from rollout.errors import NotFound
-from rollout.history import CurveRecord, compare, keep, last_good, record_to_keep, records_of
+from rollout.errors import BadInput, NotFound
+from rollout.history import CurveRecord, compare, keep, last_good, record_to_keep, records_of, yardstick
 from rollout.workload import workload_named
 from tests.rollout.curves import QueueServer
 
@@ -69,6 +69,21 @@ def test_the_yardstick_is_the_youngest_good_record() -> None:
     assert last_good([]) is None
 
 
+def test_the_yardstick_of_a_report_is_a_curve_of_the_same_accelerators_before_it() -> None:
+    def on(accelerator: str, day: int) -> CurveRecord:
+        made = record(day)
+        environment = made.environment.model_copy(update={"accelerator": accelerator})
+        return made.model_copy(update={"report": made.report.model_copy(update={"environment": environment})})
+
+    measured = on("nvidia-h100-80gb", 9).report.model_copy(update={"stages": record(9, capacity=5).report.stages})
+    kept = [on("nvidia-h100-80gb", 1), on("nvidia-l4", 2), on("nvidia-h100-80gb", 20)]
+    found = yardstick(kept, measured)
+    assert found is not None
+    assert found.run_name == "run-1"
+    assert yardstick([kept[1]], measured) is None
+    assert yardstick([CurveRecord(report=measured, good=True)], measured) is None, "a curve is no yardstick of itself"
+
+
 def test_a_comparison_names_what_changed_and_which_figures_got_worse() -> None:
     comparison = compare(record(1, image="a"), record(2, image="b", capacity=5))
     rows = {row["figure"]: row for row in comparison.table()}
@@ -87,6 +102,19 @@ def test_equal_runs_do_not_differ() -> None:
 def test_a_missing_curve_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such curve"):
         FolderHistory(tmp_path).read("a/b.json")
+
+
+def test_a_record_of_another_version_is_left_out_and_a_broken_file_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FolderHistory(tmp_path)
+    keep(store, record(1))
+    store.write(f"{BenchmarkSpec().workload.key}/newer.json", {"report": {"of": "tomorrow"}})
+    assert [each.run_name for each in records_of(store)] == ["run-1"]
+    assert "newer.json cannot be read by this version" in caplog.text
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(BadInput, match=r"cut\.json: the kept curve cannot be read"):
+        records_of(store)
 
 
 def test_the_last_verdict_on_a_curve_counts(store: Memory | FolderHistory) -> None:

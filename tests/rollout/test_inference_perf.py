@@ -191,6 +191,7 @@ def test_reports_are_read_into_the_same_figures_as_our_own() -> None:
     [
         ("HTTP Error 400", "rejected"),
         ("HTTP Error 429", "overloaded"),
+        ("503 Service Unavailable", "overloaded"),
         ("HTTP Error 500", "server-error"),
         ("ClientConnectorError", "connection-refused"),
         ("ServerDisconnectedError", "connection-lost"),

@@ -49,6 +49,11 @@ def answered(at_s: float, failure: FailureKind | None = None) -> RequestRecord:
     )
 
 
+def good(rate: float, goodput: float = 1.0) -> Stage:
+    stage = QueueServer(10).stage(rate)
+    return stage.model_copy(update={"goodput_share": goodput})
+
+
 def test_a_met_objective_states_limit_measured_and_margin() -> None:
     verdict = judge(Objectives(latencies=(ttft(0.5),), max_failed_share=None), STAGES)
     (row,) = verdict.rows
@@ -74,6 +79,32 @@ def test_what_was_not_measured_is_not_met() -> None:
     assert not unmeasured_rate.met
     without_stages = judge(Objectives(latencies=(ttft(10),)), [])
     assert {row.outcome for row in without_stages.rows} == {Outcome.UNKNOWN}
+
+
+def test_no_figure_is_taken_from_a_rate_that_was_not_offered() -> None:
+    verdict = judge(Objectives(at_rate_per_s=100, min_goodput_share=0.9), [good(1), good(2)])
+    assert [row.outcome for row in verdict.rows] == [Outcome.UNKNOWN, Outcome.UNKNOWN]
+    assert "failed requests: nothing was measured at 100 requests/s" in verdict.summary()
+
+
+def test_a_rate_between_good_answers_and_none_at_all_is_a_miss() -> None:
+    refused = summarize([answered(i / 16, FailureKind.OVERLOADED) for i in range(160)], duration_s=10)
+    verdict = judge(Objectives(at_rate_per_s=15, latencies=(ttft(10),)), [*STAGES[:4], refused])
+    assert [row.outcome for row in verdict.rows] == [Outcome.UNKNOWN, Outcome.MISSED]
+
+
+def test_goodput_is_the_median_of_the_nearest_rates_stages() -> None:
+    stages = [good(4, 0.5), good(4, 0.95), good(4, 0.96), good(1, 0.1)]
+    (row,) = judge(Objectives(at_rate_per_s=3.9, max_failed_share=None, min_goodput_share=0.9), stages).rows
+    assert (row.outcome, row.measured) == (Outcome.MET, "95 %")
+
+
+def test_a_server_that_answers_nothing_meets_no_knee_and_is_worse_than_any() -> None:
+    refused = summarize([answered(i / 32, FailureKind.REFUSED) for i in range(320)], duration_s=10)
+    wanted = Objectives(min_knee_rate_per_s=10, max_failed_share=None, no_worse=NoWorse())
+    verdict = judge(wanted, [refused], baseline=STAGES)
+    assert not any(row.outcome is Outcome.MET for row in verdict.rows)
+    assert any(row.objective.startswith("TTFT") for row in verdict.rows), "a latency that is missing is not left out"
 
 
 def test_failed_requests_are_judged_up_to_the_rate_in_question() -> None:

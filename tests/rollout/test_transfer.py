@@ -130,7 +130,13 @@ def test_progress_knows_its_end_only_after_the_first_byte() -> None:
 
 
 FILE = ModelFile(path="model.safetensors", size_bytes=3, sha256="a" * 64)
-FOUND = StoredObject(name="model.safetensors", size_bytes=3, crc32c=0xABCDEF01, generation=7)
+FOUND = StoredObject(
+    name="model.safetensors",
+    size_bytes=3,
+    crc32c=0xABCDEF01,
+    generation=7,
+    updated_at=datetime(2026, 1, 1, tzinfo=UTC),
+)
 PROVEN = ProvenFile(path=FILE.path, size_bytes=3, sha256="a" * 64, crc32c="abcdef01", generation=7)
 PINNED = PinnedModel(repo_id="org/m", revision="main", commit_sha="1" * 40, files=(FILE,))
 MARKER = Provenance(

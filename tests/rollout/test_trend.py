@@ -83,6 +83,17 @@ def test_a_faster_server_is_better_also_where_less_is_better() -> None:
     assert figure.change < 0
 
 
+def test_a_knee_that_was_never_reached_has_no_trend() -> None:
+    records = []
+    for night, highest in enumerate((8.0, 6.0, 5.0, 4.0, 3.0, 2.0)):
+        spec = BenchmarkSpec(rates_per_s=(1, highest), stage_duration_s=30)
+        stages = QueueServer(1000).sweep(spec, seed=night)
+        at = START + timedelta(days=night)
+        report = benchmark_report(spec, Environment(model="m"), stages, started_at=at, duration_s=60)
+        records.append(CurveRecord(report=report, good=True))
+    assert not {"knee", "output tokens/s at saturation"} & set(by_figure(records))
+
+
 def test_too_few_measurements_say_nothing() -> None:
     found = by_figure(nightly([10.0 - night for night in range(FEWEST - 1)]))
     assert {trend.direction for trend in found.values()} == {Direction.UNKNOWN}
