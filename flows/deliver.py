@@ -63,9 +63,9 @@ def take_over(plan: RolloutPlan, traffic: Traffic, record: Record, verify: Verif
     # A load sweep measures the whole revision, since its objectives are about all replicas.
     first = plan.serving.replicas if plan.policy.benchmark else replicas_at(steps[0], plan)
     deployed = revision_plan(plan, replicas=first)
-    story.run(apply_manifests, deployed)
-    record.milestone()
     with rolled_back_on_failure(plan, traffic.live, record):
+        story.run(apply_manifests, deployed)
+        record.milestone()
         verify(deployed, record)
         index: int | None = 0
         while index is not None:

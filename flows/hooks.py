@@ -20,6 +20,7 @@ from rollout.clients.restore import take_back
 from rollout.clients.sweeping import sweep
 from rollout.errors import RolloutError
 from rollout.ledger import abandoned
+from rollout.record import Verdict
 from rollout.report import utc_now
 from rollout.request import RolloutRequest, resolve
 from rollout.target import Target
@@ -67,8 +68,10 @@ def _clean_up(target: Target, run_id: str, what: str) -> None:
     """Take back what the run left half done, and remove what it owes; by the records as they are now."""
     records = list(RecordStore(target).read_all())
     for record in records:
-        if record.run_id == run_id:
-            take_back(record)
+        # What is done stays: a run may die after its verdict, and before the server knows of it.
+        if record.run_id == run_id and record.verdict is not Verdict.DONE and take_back(record):
+            why = f"{what}; everything was led back to what served before"
+            RecordStore(target).write(record.model_copy(update={"verdict": Verdict.ROLLED_BACK, "error": why}))
     others = [record.run_id for record in records if record.run_id != run_id]
     for item in abandoned(records, (), others, utc_now(), grace=_AT_ONCE):
         report = sweep(target, item, deadline_s=CLEAN_UP_DEADLINE_S)

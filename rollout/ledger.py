@@ -6,12 +6,12 @@ Pure. The records are in the target's bucket (`rollout.clients.records`), oldest
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from rollout.delivery import Outcome
+from rollout.delivery import DeliveryReport, Outcome
 from rollout.diff import ObjectDiff
 from rollout.objects import INSTANCE_LABEL, MODEL_ANNOTATION, ROLLOUT_LABEL
 from rollout.optimize import ValidatedWith
@@ -132,7 +132,8 @@ def _served(report: RolloutReport) -> tuple[str, str, str] | None:
 def standing(records: Iterable[RolloutReport], instance: str) -> LiveVersion | None:
     """What serves as `instance` and stays by the policy of the rollout that brought it; None if there is nothing such.
 
-    What a trial, or a failed rollout that owes its teardown, left behind is not standing.
+    What a trial, or a failed rollout that owes its teardown, left behind is not standing. Where the newest version
+    never answered, it is the last one that did: what a failure goes back to.
     """
     found: RolloutReport | None = None
     for report in in_order(records):
@@ -140,15 +141,36 @@ def standing(records: Iterable[RolloutReport], instance: str) -> LiveVersion | N
             found = None
         elif report.plan is not None and report.plan.serving.name == instance:
             stays = applied(report) and not _ended_without_trace(report) and _reason(report) is None
-            found = report if stays else found
+            if stays and (found is None or _has_answered(report) or not _has_answered(found)):
+                found = report
     if found is None or found.plan is None:
         return None
     return LiveVersion(
         model=f"{found.plan.model.repo_id}@{found.plan.model.commit_sha}",
         rollout_id=found.plan.rollout_id,
         run_id=found.run_id,
-        answered=found.verdict in (Verdict.DONE, Verdict.OBJECTIVES_MISSED),
+        answered=_has_answered(found),
     )
+
+
+def _has_answered(report: RolloutReport) -> bool:
+    return report.verdict in (Verdict.DONE, Verdict.OBJECTIVES_MISSED)
+
+
+def proven_revision(records: Iterable[RolloutReport], instance: str, live: str, there: Collection[str]) -> str:
+    """The revision that counts as live when the cluster says `live` and has the revisions `there`.
+
+    Another than `live` if the delivery that gave it the traffic never ended: it died within its rollback window, and
+    what served before still stands.
+    """
+    newest: DeliveryReport | None = None
+    for report in in_order(records):
+        if report.plan is not None and report.plan.serving.name == instance and report.delivery is not None:
+            newest = report.delivery
+    if newest is None or not newest.is_beside_live or newest.revision != live:
+        return live
+    before = newest.live_before
+    return before if before is not None and before in there else live
 
 
 def half_done(

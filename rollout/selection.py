@@ -117,7 +117,7 @@ def _unsafe(name: str) -> str | None:
         return "holds control or invisible characters"
     if len(name.encode()) > MAX_NAME_BYTES:
         return f"is longer than {MAX_NAME_BYTES} bytes"
-    if (name + "/").casefold().startswith(RESERVED_FOLDER):
+    if RESERVED_FOLDER.rstrip("/") in [segment.casefold() for segment in segments]:
         return f"lies in {RESERVED_FOLDER}, which is reserved for the transfer's own objects"
     return None
 

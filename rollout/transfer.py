@@ -96,6 +96,12 @@ class TransferSpec(Value):
             raise ValueError(f"pods={self.pods} need pod_image: an image that holds this package, e.g. the worker's")
         return self
 
+    @model_validator(mode="after")
+    def _pods_stream(self) -> TransferSpec:
+        if self.pods and self.route is Route.STAGE:
+            raise ValueError(f"route=stage wants a disk, and the {self.pods} pods have none: use stream, or pods=0")
+        return self
+
     def buffers(self, part_bytes: int) -> int:
         """How many parts of this size may be in memory."""
         return (self.memory_limit_bytes - PROCESS_BYTES) // part_bytes

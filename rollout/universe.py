@@ -78,5 +78,6 @@ class Universe(Value):
 
     def _scoped(self, project: str) -> str:
         domain, _, name = project.rpartition(":")
-        parts = [name, domain, self.name_prefix]
+        # S3NS writes its label before the id of every project, and after its name in e-mails: once.
+        parts = [name, "" if domain == self.name_prefix else domain, self.name_prefix]
         return ".".join(part for part in parts if part)

@@ -9,6 +9,7 @@ from prefect import get_run_logger
 
 from rollout.clients.cluster import ClusterClient
 from rollout.clients.probing import Probed, Prober
+from rollout.clients.records import RecordStore
 from rollout.clients.restore import restore_before
 from rollout.clients.traffic import Traffic, TrafficClient
 from rollout.comparison import COMPARED, Comparison, Sample, compare, missed_limits
@@ -27,7 +28,7 @@ from rollout.delivery import (
     probe_rate_per_s,
 )
 from rollout.errors import BadInput
-from rollout.ledger import UNDO_STEP
+from rollout.ledger import UNDO_STEP, proven_revision
 from rollout.plan import RolloutPlan
 from rollout.report import Action, Change, StepStatus, utc_now
 from rollout.revisions import backend_name
@@ -49,9 +50,15 @@ def _status(changes: tuple[Change, ...]) -> StepStatus:
 
 @step("observe traffic")
 def observe_traffic(plan: RolloutPlan) -> Outcome[Traffic]:
-    """Which revision is live, by the cluster's own word."""
+    """Which revision is live, by the cluster's own word; but for one whose delivery died before it was proven."""
     traffic = _traffic(plan).read()
     live = f"{traffic.live} is live" if traffic.live else "nothing is live yet"
+    if traffic.live is not None:
+        records = RecordStore(plan.target).read_all()
+        proven = proven_revision(records, plan.serving.name, traffic.live, traffic.revisions)
+        if proven != traffic.live:
+            live = f"{traffic.live} has the traffic, and its delivery never ended: {proven} counts as live"
+            traffic = traffic.model_copy(update={"live": proven})
     return Outcome(
         value=traffic, summary=live, status=StepStatus.UNCHANGED, data={"traffic": traffic.model_dump(mode="json")}
     )

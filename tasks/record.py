@@ -71,11 +71,31 @@ class Record:
         self.keep(steps=self._earlier + steps)
 
 
+def _of_earlier_attempt(target: Target) -> RolloutReport | None:
+    if (flow_run.run_count or 0) < 2:
+        return None
+    with suppress(BucketNotFound):
+        found = RecordStore(target).find(str(flow_run.id))
+        if found is not None:
+            # What the first plan set out to make, the next one finds there.
+            planned = found.plan.changes if found.plan else ()
+            changes = {"verdict": Verdict.RUNNING, "error": None, "intended": (*found.intended, *planned)}
+            return found.model_copy(update=changes)
+    return None
+
+
 @contextmanager
 def recorded(target: Target, report_file: str | None, *, earlier: RolloutReport | None = None) -> Iterator[Record]:
-    """A record that ends with the verdict, whatever happens in between; `earlier` is continued instead of a new one."""
-    report = earlier or RolloutReport(
-        run_id=str(flow_run.id), run_url=flow_run.ui_url, started_at=flow_run.scheduled_start_time or utc_now()
+    """A record that ends with the verdict, whatever happens in between; `earlier` is continued instead of a new one.
+
+    A run that is started again (a retry in the UI) continues its own: the record is the ledger of what it has made.
+    """
+    report = (
+        earlier
+        or _of_earlier_attempt(target)
+        or RolloutReport(
+            run_id=str(flow_run.id), run_url=flow_run.ui_url, started_at=flow_run.scheduled_start_time or utc_now()
+        )
     )
     record = Record(report, target, Path(report_file) if report_file else None)
     try:
@@ -89,8 +109,10 @@ def recorded(target: Target, report_file: str | None, *, earlier: RolloutReport 
         record.keep(verdict=verdict, error=f"{type(error).__name__}: {error}")
         raise
     else:
-        if record.report.verdict is Verdict.RUNNING:
+        if record.report.verdict is Verdict.RUNNING and earlier is None:
             record.keep(verdict=Verdict.DONE)
+        elif record.report.verdict is Verdict.RUNNING:  # a run that was killed does not end well by being removed
+            record.keep(verdict=Verdict.FAILED, error=record.report.error or "its run died, and it was torn down")
     finally:
         record.close()
         Artifact("rollout-report", "The rollout, step by step", markdown=report_markdown(record.report)).publish()

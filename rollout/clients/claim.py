@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from pathlib import Path
 
 from rollout.clients.storage import StorageClient
 from rollout.errors import AnotherWriter, RolloutError
@@ -71,8 +72,7 @@ class Claim:
     def _content(self) -> dict[str, object]:
         return {
             "writer": self._id,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
+            **_this_process(),
             "ttl_s": self._ttl_s,
             "renewed_at": utc_now().isoformat(),
         }
@@ -97,17 +97,36 @@ class Claim:
         )
 
 
+def _this_process() -> dict[str, object]:
+    """Host name and process id do not tell processes apart: pods of one share have the same, one after the other."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "ids_of": _ids_of(), "started": _started(os.getpid())}
+
+
+def _ids_of() -> str:
+    """Within what process ids are unique: this boot of this machine and, in a container, its own namespace."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+    return ""
+
+
+def _started(pid: int) -> str:
+    """When the process began, in ticks since the boot (man 5 proc, field 22); empty if there is none, or no /proc."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
 def _holder_died_here(data: dict[str, object]) -> bool:
-    """Whether the holder was a process of this machine that is gone: then there is nothing to wait for."""
-    if data["host"] != socket.gethostname():
+    """Whether the holder is proven to be a process of this machine that is gone: then there is nothing to wait for."""
+    here = _this_process()
+    if (data["host"], data.get("ids_of")) != (here["host"], here["ids_of"]):
         return False
     pid = int(str(data["pid"]))
-    if pid == os.getpid():
-        return True  # a container's restart: the same host name, and again process 1
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
         return False
-    return False
+    return _started(pid) != data.get("started")

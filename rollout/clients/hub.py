@@ -266,13 +266,13 @@ class HubFile:
             RepositoryGated, RepositoryNotFound, TransferFailed: trying again would not help.
         """
         byte_range = f"bytes={start}-{start + len(view) - 1}"
-        link = self._link
+        known = link = self._link
         url = link or self._hub.resolve_url(self._pinned, self._file.path)
         for _ in range(_MAX_REDIRECTS):
             with self._hub.get(url, byte_range) as response:
                 location = self._redirected_to(url, response)
                 if location is None:
-                    self._check(response, start, len(view), link)
+                    self._check(response, start, len(view), link, was_known=link is not None and link == known)
                     yield from self._receive(response, view)
                     return
             url = location
@@ -324,14 +324,18 @@ class HubFile:
             )
         return location
 
-    def _check(self, response: HttpResponse, start: int, count: int, link: str | None) -> None:
+    def _check(self, response: HttpResponse, start: int, count: int, link: str | None, *, was_known: bool) -> None:
         """Accept nothing but exactly the range that was asked for, of a file of the size that the tree states."""
         size = self._file.size_bytes
         if response.status >= 400:
             if link is not None and response.status in _EXPIRED:
                 self._forget(link)
+                # A new one is to be had at once; where a new one is refused, waiting may help.
+                what = "has expired" if was_known else "is refused"
                 raise transient(
-                    f"the signed link has expired (status {response.status}).", where=self.where, retry_after=0
+                    f"the signed link {what} (status {response.status}).",
+                    where=self.where,
+                    retry_after=0 if was_known else None,
                 )
             raise self._hub.refuse(response, self._pinned)
         whole = response.status == 200 and (start, count) == (0, size)

@@ -71,6 +71,17 @@ class ByteSource(Protocol):
         ...
 
 
+class _Pass:
+    """The hashing of one reading of a file."""
+
+    def __init__(self, file: ModelFile) -> None:
+        self.sha256 = hashlib.sha256()
+        self.git_sha1 = hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False)
+        self.next_to_hash = 1
+        self.waiting: dict[int, tuple[Part, Buffer]] = {}
+        self.is_hashing = False
+
+
 class Job:
     """One file on its way, with what is known to be in the bucket already."""
 
@@ -108,6 +119,8 @@ class Job:
         """The proven object."""
         self._started_at: float | None = None
         self.start_pass()
+        self.bytes_found = self.bytes_in_bucket
+        """What an earlier run had sent."""
 
     @property
     def is_multipart(self) -> bool:
@@ -119,14 +132,14 @@ class Job:
 
     @property
     def sha256(self) -> str:
-        return self._sha256.hexdigest()
+        return self._pass.sha256.hexdigest()
 
     @property
     def is_right(self) -> bool:
         """Whether the hashed bytes are what the hub says the file holds."""
         if self.file.sha256 is not None:
             return self.sha256 == self.file.sha256
-        return self._git_sha1.hexdigest() == self.file.git_blob_sha1
+        return self._pass.git_sha1.hexdigest() == self.file.git_blob_sha1
 
     @property
     def bytes_in_bucket(self) -> int:
@@ -139,11 +152,7 @@ class Job:
         """Read the file from its beginning (again)."""
         self.passes += 1
         self.to_read = iter(self.parts)
-        self._sha256 = hashlib.sha256()
-        self._git_sha1 = hashlib.sha1(b"blob %d\0" % self.file.size_bytes, usedforsecurity=False)
-        self._next_to_hash = 1
-        self._waiting: dict[int, tuple[Part, Buffer]] = {}
-        self._is_hashing = False
+        self._pass = _Pass(self.file)
         self.unfinished = len(self.parts)
         """Parts of this pass that are not yet both hashed and in the bucket."""
 
@@ -174,22 +183,23 @@ class Job:
 
     def hash_in_order(self, part: Part, buffer: Buffer, done: Callable[[Job, Buffer], None]) -> None:
         """Hash this part and those behind it that came early; or leave it to the thread that hashes the ones before."""
+        current = self._pass  # `done` may begin the next one
         with self.lock:
-            self._waiting[part.number] = (part, buffer)
-            if self._is_hashing:
+            current.waiting[part.number] = (part, buffer)
+            if current.is_hashing:
                 return
-            self._is_hashing = True
+            current.is_hashing = True
         while True:
             with self.lock:
-                following = self._waiting.pop(self._next_to_hash, None)
+                following = current.waiting.pop(current.next_to_hash, None)
                 if following is None:
-                    self._is_hashing = False
+                    current.is_hashing = False
                     return
-                self._next_to_hash += 1
+                current.next_to_hash += 1
             view = following[1].view[: following[0].size_bytes]
             if self.file.sha256 is None:
-                self._git_sha1.update(view)
-            self._sha256.update(view)
+                current.git_sha1.update(view)
+            current.sha256.update(view)
             done(self, following[1])
 
     def _fits(self, part: ArrivedPart) -> bool:
@@ -477,11 +487,12 @@ class Mover:
 def progress_of(jobs: Sequence[Job], found_bytes: int, found_files: int, started_at: float) -> Progress:
     """Where the jobs stand; `found_*` is what was in the bucket, proven, before they began."""
     elapsed_s = time.monotonic() - started_at
+    arrived = max(0, sum(job.bytes_in_bucket - job.bytes_found for job in jobs))
     return Progress(
         bytes_done=found_bytes + sum(job.bytes_in_bucket for job in jobs),
         bytes_total=found_bytes + sum(job.file.size_bytes for job in jobs),
         files_done=found_files + sum(job.stored is not None for job in jobs),
         files_total=found_files + len(jobs),
-        bytes_per_s=sum(job.bytes_in_bucket for job in jobs) / elapsed_s if elapsed_s > 0 else 0.0,
+        bytes_per_s=arrived / elapsed_s if elapsed_s > 0 else 0.0,
         elapsed_s=elapsed_s,
     )

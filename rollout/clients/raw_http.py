@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import ssl
 import threading
 import urllib.request
@@ -196,7 +197,8 @@ def origin(url: str) -> tuple[str, str, int]:
 def _shut(connection: http.client.HTTPConnection) -> None:
     if connection.sock is not None:
         with contextlib.suppress(OSError):
-            connection.sock.shutdown(2)
+            # The plain socket's: an SSLSocket's own drops the encryption first, while another thread may be sending.
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
 
 def _system_has_authorities() -> bool:

@@ -153,6 +153,8 @@ class Staging:
         unfinished = path.with_name(path.name + _UNFINISHED)
         with self._disk_errors():
             if file.size_bytes > self._spec.part_bytes:
+                # hf_transfer begins anew, and writes over what is there: nothing would grow for as long.
+                unfinished.unlink(missing_ok=True)
                 self._run_tool("hf_transfer", self._hf_transfer_arguments(file, unfinished), file)
                 if unfinished.stat().st_size != file.size_bytes:
                     raise transient("hf_transfer wrote a file of the wrong size.", where=self._where(file))
@@ -169,13 +171,15 @@ class Staging:
 
     def _hf_transfer_arguments(self, file: ModelFile, path: Path) -> dict[str, Any]:
         url, headers = self._hub.open(self._pinned, file).address()
+        connections = self._spec.connections
         return {
             "url": url,
             "filename": str(path),
-            "max_files": self._spec.connections,
+            "max_files": connections,
             "chunk_size": min(_CHUNK_BYTES, self._spec.part_bytes),
-            "parallel_failures": self._spec.connections - 1,
-            "max_retries": self._spec.attempts,
+            # It takes both or neither, and no more failures at once than connections.
+            "parallel_failures": connections - 1,
+            "max_retries": self._spec.attempts if connections > 1 else 0,
             "headers": headers,
         }
 

@@ -106,6 +106,7 @@ def publish_weights(
     claim = place.claim(run.spec)
     claim.acquire()
     try:
+        place.take_claims_of_shares(run.spec)
         files = run.move(pinned.files, on_progress, claim, sweep=True)
         marker = place.finish(pinned)
     finally:
@@ -206,12 +207,17 @@ def remove_dead_leftovers(target: Target, prefix: str) -> tuple[Change, ...]:
         AnotherWriter: a run is writing there, and goes on.
     """
     work = f"{prefix}{WORK_FOLDER}"
-    if not find_leftovers(target, work):
-        return ()
-    storage = StorageClient(target)
-    for claim in storage.list_objects(f"{work}{_WRITER}"):
-        Claim(storage, claim.name, ttl_s=TransferSpec().claim_ttl_s).acquire()
-    return remove_leftovers(target, work)
+    ttl_s = TransferSpec().claim_ttl_s
+    with _connected(target) as (storage, uploader):
+        objects, uploads = _temporary(storage, uploader, work)
+        if not objects and not uploads:
+            return ()
+        claims = {stored.name for stored in objects if stored.name.startswith(f"{work}{_WRITER}")}
+        with _held([Claim(storage, name, ttl_s=ttl_s) for name in {f"{work}{_WRITER}.json", *claims}]) as held:
+            # Of what was there before the claims were taken; and whoever comes meanwhile waits for ours.
+            removed = _remove(storage, uploader, (each for each in objects if each.name not in claims), uploads, held)
+    gone = (_change(storage, Action.DELETED, "Object", name) for name in sorted(claims))
+    return (*removed, *gone)
 
 
 def unfinished_transfers(target: Target) -> tuple[UnfinishedTransfer, ...]:
@@ -229,6 +235,27 @@ def unfinished_transfers(target: Target) -> tuple[UnfinishedTransfer, ...]:
     return tuple(UnfinishedTransfer(prefix=prefix, last_sign_at=at) for prefix, at in sorted(last_sign.items()))
 
 
+@contextlib.contextmanager
+def _held(claims: Sequence[Claim]) -> Iterator[Callable[[], None]]:
+    """Take all claims, watching them side by side, and give them back at the end; yields what renews them.
+
+    Raises:
+        AnotherWriter: the holder of one of them goes on.
+    """
+    try:
+        with ThreadPoolExecutor(max(1, len(claims))) as threads:
+            list(threads.map(lambda claim: claim.acquire(), claims))
+
+        def renew() -> None:
+            for claim in claims:
+                claim.renew_if_due()
+
+        yield renew
+    finally:
+        for claim in claims:
+            claim.release()
+
+
 class View:
     """What a listing shows below a model path, and the marker that was read with it."""
 
@@ -238,9 +265,14 @@ class View:
         self.marker_generation = marker_generation
 
     def incoming(self, file: ModelFile) -> StoredObject | None:
-        """The object under the file's temporary name, whatever the size of the parts that made it."""
+        """The object under the file's temporary name, whatever the size of its parts; a proven one first."""
         stem = f"{_INCOMING}{_digest(file)}."
-        return next((found for path, found in self.by_path.items() if path.startswith(stem)), None)
+        found = [stored for path, stored in self.by_path.items() if path.startswith(stem)]
+        return next((each for each in found if proven_file(file, each) is not None), found[0] if found else None)
+
+    def proven_incoming(self, file: ModelFile) -> StoredObject | None:
+        incoming = self.incoming(file)
+        return incoming if proven_file(file, incoming) is not None else None
 
     def proof(self, file: ModelFile) -> ProvenFile | None:
         """The proof of a file under its final name, or under its temporary one."""
@@ -270,6 +302,16 @@ class Place:
     def claim(self, spec: TransferSpec) -> Claim:
         """Of the one who writes the whole model path."""
         return Claim(self.storage, f"{self.prefix}{WORK_FOLDER}{_WRITER}.json", ttl_s=spec.claim_ttl_s)
+
+    def take_claims_of_shares(self, spec: TransferSpec) -> None:
+        """Claims of pods that a dead flow left behind go; those of pods that still write are respected.
+
+        Raises:
+            AnotherWriter: such a pod goes on.
+        """
+        names = [each.name for each in self.storage.list_objects(f"{self.prefix}{WORK_FOLDER}{_WRITER}-")]
+        with _held([Claim(self.storage, name, ttl_s=spec.claim_ttl_s) for name in names]):
+            pass
 
     def incoming_name(self, file: ModelFile, part_bytes: int) -> str:
         return f"{self.prefix}{_INCOMING}{_digest(file)}.{part_bytes}"
@@ -417,15 +459,15 @@ class _Run:
 
     def _sweep(self, uploader: Uploader, view: View, unfinished: Iterable[Upload]) -> tuple[Change, ...]:
         """Remove what is of no use: of other files, uploads in other parts, second uploads of the same file."""
-        digests = {_digest(file) for file in self.pinned.files}
+        names = {self.place.incoming_name(file, self._part_bytes) for file in self.pinned.files}
+        proven = {found.name for file in self.pinned.files if (found := view.proven_incoming(file)) is not None}
         objects = [
             stored
             for path, stored in view.by_path.items()
             if path.startswith(f"{WORK_FOLDER}{_REPORT}")
-            or (path.startswith(_INCOMING) and path.removeprefix(_INCOMING).partition(".")[0] not in digests)
+            or (path.startswith(_INCOMING) and stored.name not in proven | names)
         ]
         useful = set(_first_by_name(unfinished).values())
-        names = {self.place.incoming_name(file, self._part_bytes) for file in self.pinned.files}
         uploads = [upload for upload in unfinished if upload not in useful or upload.name not in names]
         return _remove(self.place.storage, uploader, objects, uploads)
 
@@ -552,10 +594,19 @@ def _uploads(uploader: Uploader, prefix: str) -> list[Upload]:
 
 
 def _remove(
-    storage: StorageClient, uploader: Uploader, objects: Iterable[StoredObject], uploads: Iterable[Upload]
+    storage: StorageClient,
+    uploader: Uploader,
+    objects: Iterable[StoredObject],
+    uploads: Iterable[Upload],
+    before_each: Callable[[], None] = lambda: None,
 ) -> tuple[Change, ...]:
-    changes = [_change(storage, Action.DELETED, "Object", stored.name) for stored in objects if storage.delete(stored)]
+    changes = []
+    for stored in objects:
+        before_each()
+        if storage.delete(stored):
+            changes.append(_change(storage, Action.DELETED, "Object", stored.name))
     for upload in uploads:
+        before_each()
         with_retries(partial(uploader.abort, upload), attempts=_ATTEMPTS)
         changes.append(_change(storage, Action.DELETED, "MultipartUpload", upload.name))
     return tuple(changes)

@@ -5,6 +5,7 @@ The Job's name follows from its work. A run that was killed leaves it behind at 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from rollout.clients.job_wait import POLL_S, JobWait, condition_of
 from rollout.clients.storage import StorageClient
 from rollout.clients.transfer import OnProgress, Place, finish, nothing_to_do, read_provenance
 from rollout.diagnosis import container_statuses
-from rollout.errors import RolloutError, TransferFailed
+from rollout.errors import RolloutError, TransferFailed, TransientError
 from rollout.model import PinnedModel
 from rollout.objects import SHARED_KINDS
 from rollout.rendering import KubernetesObject
@@ -71,7 +72,8 @@ def publish_by_pods(
             claim.renew_if_due()
             if time.monotonic() - looked_at >= _LISTING_S:
                 looked_at = time.monotonic()
-                on_progress(_progress(pinned, place, started_at))
+                with contextlib.suppress(TransientError):  # shown again in a moment; the pods go on
+                    on_progress(_progress(pinned, place, started_at))
             time.sleep(POLL_S)
         reports = finish(pinned, target)
     except TransferFailed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,8 @@ def run_shard(environment: Mapping[str, str]) -> TransferReport:
 
 
 def main() -> int:
+    # As process 1 of its container Python would not hear it, and send on until it is killed, its claim still held.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         report = run_shard(os.environ)
     except RolloutError as error:

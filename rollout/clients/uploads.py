@@ -25,6 +25,10 @@ _LISTING_BYTES = 8 * 2**20
 """A page of 1000 uploads or parts takes about 300 KiB."""
 
 
+_DAMAGED = frozenset({"BadDigest", "CrcMismatch"})
+"""https://cloud.google.com/storage/docs/xml-api/reference-status: both say that a stated hash was not met."""
+
+
 class Upload(NamedTuple):
     """An upload that was begun and neither completed nor aborted."""
 
@@ -155,8 +159,8 @@ class Uploader:
             return
         text = response.text()
         code, message = _error(text)
-        if response.status in TRANSIENT_STATUSES or code == "BadDigest":
-            # BadDigest: the bytes were changed on their way; they are still right in our memory.
+        if response.status in TRANSIENT_STATUSES or code in _DAMAGED:
+            # The bytes were changed on their way; they are still right in our memory.
             summary = f"Cloud Storage answers with status {response.status} {code}."
             raise transient(summary, where=where, retry_after=response.headers.get("Retry-After"))
         if code == "NoSuchBucket":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 
 from rollout.clients.hub import HubClient
@@ -32,8 +36,9 @@ from rollout.clients.uploads import Uploader
 from rollout.errors import AnotherWriter, BadInput, HashMismatch, RepositoryGated, TransferFailed, TransientError
 from rollout.report import StepStatus, utc_now
 from rollout.target import WeightsLayout
-from rollout.transfer import Progress, Route, Source, TransferSpec
+from rollout.transfer import WORK_FOLDER, Progress, Route, Source, TransferSpec, content_metadata, content_of
 from rollout.transfer_job import ShardRequest
+from rollout.values import content_digest
 from sandbox.faults import (
     Corrupt,
     Drop,
@@ -47,6 +52,7 @@ from sandbox.faults import (
     Truncate,
 )
 from sandbox.hub import HubServer, HubToken
+from sandbox.shaping import Shape
 from tests.clients.weights_place import BUCKET, MIB, SPEC, WeightsPlace, model_files, on_hub, on_storage, start
 
 PlaceMaker = Callable[..., WeightsPlace]
@@ -134,6 +140,25 @@ def test_the_stage_route_leaves_a_local_copy(place: WeightsPlace, tmp_path: Path
 
 def staging(tmp_path: Path, **more: Any) -> TransferSpec:
     return SPEC.model_copy(update={"route": Route.STAGE, "staging_dir": str(tmp_path / "stage"), **more})
+
+
+def test_one_connection_is_enough_for_the_stage_route(make_place: PlaceMaker, tmp_path: Path) -> None:
+    place = make_place(files=model_files(shards=1, shard_bytes=17 * MIB))
+    pinned = place.pin()
+    place.publish(pinned, staging(tmp_path, connections=1))
+    place.assert_published(pinned)
+
+
+def test_what_a_killed_download_left_does_not_look_like_a_stall(make_place: PlaceMaker, tmp_path: Path) -> None:
+    # hf_transfer writes chunks of 4 MiB, here one on each connection in two seconds, and all of them take five.
+    files = model_files(shards=1, shard_bytes=40 * MIB)
+    place = make_place(files=files, shape=Shape.parse("total=8MB/s"))
+    pinned = place.pin()
+    folder = tmp_path / "stage" / pinned.repo_id / pinned.commit_sha
+    folder.mkdir(parents=True)
+    (folder / "model-00001-of-00001.safetensors.unfinished").write_bytes(bytes(40 * MIB))
+    place.publish(pinned, staging(tmp_path, stall_timeout_s=3.5, attempts=1))
+    place.assert_published(pinned)
 
 
 def test_a_damaged_staged_file_is_fetched_again(place: WeightsPlace, tmp_path: Path) -> None:
@@ -330,6 +355,16 @@ def test_an_expired_signed_link_is_renewed(make_place: PlaceMaker) -> None:
     place.assert_published(pinned)
 
 
+def test_a_new_link_that_is_refused_is_not_asked_for_again_without_a_pause(make_place: PlaceMaker) -> None:
+    place = make_place(cdn_link_ttl_s=600)
+    pinned = place.pin()
+    place.hub.faults.add(FaultRule(fault=Reply(status=403), path="/repos/"))
+    source = HubClient(place.hub.url, None).open(pinned, pinned.files[-2])
+    with pytest.raises(TransientError, match="signed link is refused") as refused:
+        list(source.read(0, memoryview(bytearray(10))))
+    assert refused.value.retry_after_s is None
+
+
 def test_the_token_goes_to_the_hub_alone(make_place: PlaceMaker) -> None:
     place = make_place(cdn_link_ttl_s=600, tokens={"hf_secret": HubToken("me")})
     pinned = place.pin("hf_secret")
@@ -471,7 +506,66 @@ def test_leftovers_that_this_run_cannot_use_are_removed_by_it(killed: WeightsPla
     assert find_leftovers(killed.target) == ()
 
 
+def test_an_unproven_object_in_other_parts_does_not_hide_the_proven_one(make_place: PlaceMaker) -> None:
+    place = make_place(files=model_files(shards=1))
+    pinned = place.pin()
+    file = next(file for file in pinned.files if file.path.endswith(".safetensors"))
+    digest = content_digest([file.path, content_of(file), file.size_bytes], 32)
+    content = place.files[file.path]
+    # As a process leaves it that dies between the last part and the proof; its parts were larger.
+    uploader = Uploader(place.client, HttpPool(stall_timeout_s=5))
+    name = f"{place.prefix(pinned)}{WORK_FOLDER}incoming/{digest}.{16 * MIB}"
+    uploader.put(name, content, google_crc32c.value(content), content_metadata(file))
+    report = place.publish(pinned)
+    place.assert_published(pinned)
+    assert report.leftovers_removed == 1
+
+
 # Two writers
+
+
+@contextlib.contextmanager
+def renewed_elsewhere(place: WeightsPlace, name: str, **claim: Any) -> Iterator[None]:
+    """A claim that somebody renews while the block runs."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.is_set():
+            place.client.write_json(name, {"host": "elsewhere", "pid": 1, "writer": "0", "ttl_s": 2.0, **claim})
+            ended.wait(0.2)
+
+    writer = threading.Thread(target=renew)
+    writer.start()
+    try:
+        while name not in place.names():
+            time.sleep(0.02)
+        yield
+    finally:
+        ended.set()
+        writer.join()
+
+
+def test_a_process_of_the_same_number_in_another_container_is_not_taken_for_dead(place: WeightsPlace) -> None:
+    pinned = place.pin()
+    name = f"{place.prefix(pinned)}{WORK_FOLDER}writer.json"
+    ours = {"host": socket.gethostname(), "pid": os.getpid(), "ids_of": "of the other container", "started": "1"}
+    with renewed_elsewhere(place, name, **ours), pytest.raises(AnotherWriter):
+        place.publish(pinned)
+
+
+def test_pods_that_still_write_are_not_disturbed(place: WeightsPlace) -> None:
+    pinned = place.pin()
+    folder = f"{place.prefix(pinned)}{WORK_FOLDER}"
+    place.client.write_json(f"{folder}incoming/0.1", {"of": "a pod"})
+    place.client.write_json(f"{folder}writer-0-of-2.json", {"host": "dead", "pid": 1, "writer": "1", "ttl_s": 0.5})
+    with renewed_elsewhere(place, f"{folder}writer-1-of-2.json"):
+        with pytest.raises(AnotherWriter):
+            place.publish(pinned)
+        with pytest.raises(AnotherWriter):
+            remove_dead_leftovers(place.target, place.prefix(pinned))
+        assert place.names() == {f"{folder}incoming/0.1", f"{folder}writer-1-of-2.json"}
+    remove_dead_leftovers(place.target, place.prefix(pinned))
+    assert place.names() == set()
 
 
 def test_of_two_writers_one_wins_and_the_other_says_so(make_place: PlaceMaker, tmp_path: Path) -> None:

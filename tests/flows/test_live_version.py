@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.states import Crashed, Scheduled
 
+from flows.hooks import clean_up_killed
 from flows.janitor import janitor
 from flows.rollout_model import rollout_model
 from rollout.benchmark import BenchmarkSpec
@@ -102,6 +107,40 @@ def test_the_janitor_takes_back_what_a_dead_run_left_over_a_live_version(stage: 
     (noted,) = [each for each in records(stage) if each.run_id == killed.run_id]
     assert noted.verdict is Verdict.ROLLED_BACK
     assert [each.run_id for each in serving_now(records(stage)).values()] == [first.run_id]
+
+
+def test_a_run_that_died_after_its_verdict_is_not_undone_and_one_before_it_is(stage: Stage) -> None:
+    write_version(stage, FAST)
+    first = rollout_model(stage.request())
+    write_version(stage, GOOD)
+    second = rollout_model(stage.request())
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(UUID(second.run_id))
+    run = run.model_copy(update={"parameters": {"request": stage.request().model_dump(mode="json")}})
+
+    clean_up_killed(rollout_model, run, Crashed())
+    assert live_rollout(stage) == rollout_of(second), "the record says that it is done"
+
+    RecordStore(stage.target).write(second.model_copy(update={"verdict": Verdict.RUNNING}))
+    clean_up_killed(rollout_model, run, Crashed())
+    assert live_rollout(stage) == rollout_of(first)
+    (noted,) = [each for each in records(stage) if each.run_id == second.run_id]
+    assert noted.verdict is Verdict.ROLLED_BACK
+
+
+def test_a_run_that_is_started_again_continues_its_own_record(stage: Stage) -> None:
+    """As *Retry* in the UI does: the record says what the first attempt has made, and so may be removed."""
+    write_version(stage, FAST)
+    first = rollout_model(stage.request())
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(first.run_id), Scheduled(), force=True)
+        run = client.read_flow_run(UUID(first.run_id))
+    again = run_flow(rollout_model, flow_run=run, parameters={"request": stage.request()})
+    assert again.run_id == first.run_id
+    (kept,) = [each for each in records(stage) if each.run_id == first.run_id]
+    assert kept.verdict is Verdict.DONE
+    assert set(first.created) <= set(kept.created)
+    assert len(kept.steps) > len(first.steps)
 
 
 def made_older(stage: Stage, report: RolloutReport, *, hours: int, **changes: Any) -> RolloutReport:

@@ -16,6 +16,7 @@ from rollout.ledger import (
     drift,
     half_done,
     last_applied,
+    proven_revision,
     serving_now,
     standing,
     validated_with,
@@ -207,6 +208,11 @@ LIVE = LiveVersion(model="google/gemma@a", rollout_id="of-a", run_id="run-0", an
         ([record(0, "a", Verdict.FAILED, teardown=Teardown.ON_FAILURE)], None),
         ([record(0, "a", applies=False)], None),
         ([record(0, "a"), removal(1)], None),
+        ([record(0, "a"), record(1, "b", Verdict.RUNNING)], "run-0"),
+        ([record(0, "a"), record(1, "b", Verdict.FAILED), record(2, "b", Verdict.RUNNING)], "run-0"),
+        ([record(0, "a"), record(1, "a", Verdict.FAILED)], "run-0"),
+        ([record(0, "a", Verdict.FAILED), record(1, "b", Verdict.FAILED)], "run-1"),
+        ([record(0, "a"), removal(1), record(2, "b", Verdict.FAILED)], "run-2"),
     ],
     ids=[
         "nothing",
@@ -218,11 +224,36 @@ LIVE = LiveVersion(model="google/gemma@a", rollout_id="of-a", run_id="run-0", an
         "a failed one that owes its teardown",
         "never applied",
         "torn down",
+        "killed over a proven one",
+        "killed again over it",
+        "the proven one, rolled out again in vain",
+        "none was proven",
+        "the proven one is torn down",
     ],
 )
 def test_what_stands_before_a_rollout(records: list[RolloutReport], run_id: str | None) -> None:
     found = standing(records, SERVER)
     assert (found.run_id if found else None) == run_id
+
+
+@pytest.mark.parametrize(
+    ("outcome", "live", "there", "counts"),
+    [
+        (Outcome.UNDER_WAY, "b", ("a", "b"), "a"),
+        (Outcome.UNDER_WAY, "b", ("b",), "b"),
+        (Outcome.UNDER_WAY, "a", ("a", "b"), "a"),
+        (Outcome.PROMOTED, "b", ("a", "b"), "b"),
+        (Outcome.UNDER_WAY, "c", ("a", "b", "c"), "c"),
+    ],
+    ids=["died in its window", "the old one is gone", "before all of the traffic", "promoted", "by somebody else"],
+)
+def test_a_revision_whose_delivery_died_does_not_count_as_live(
+    outcome: Outcome, live: str, there: tuple[str, ...], counts: str
+) -> None:
+    delivery = DeliveryReport(kind=DeliveryKind.BLUE_GREEN, live_before="a", revision="b", outcome=outcome)
+    records = [record(0, "a"), record(1, "b", Verdict.RUNNING, delivery=delivery)]
+    assert proven_revision(records, SERVER, live, there) == counts
+    assert proven_revision(records, "another", live, there) == live
 
 
 def test_only_a_version_that_answered_is_worth_going_back_to() -> None:

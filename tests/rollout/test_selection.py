@@ -64,6 +64,7 @@ def test_patterns_add_and_remove_and_removal_wins() -> None:
     [
         "../config.json", "a/../../b.json", "/etc/passwd", "a//b.json", "./config.json", "C:\\x.json", "a\\b.json",
         "config.json\n", "con\u202efig.json", "con\u200bfig.json", "", "x" * 901, ".llm-rollout/ready.json",
+        "x/.LLM-rollout/transfer/a.bin",
         ".LLM-Rollout/ready.json",
     ],
 )  # fmt: skip

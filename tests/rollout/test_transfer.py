@@ -21,6 +21,7 @@ from rollout.transfer import (
     Progress,
     Provenance,
     ProvenFile,
+    Route,
     TransferSpec,
     content_metadata,
     plan_parts,
@@ -55,6 +56,11 @@ def test_more_parts_than_an_upload_may_have_name_the_size_that_would_do() -> Non
 def test_parts_that_leave_no_room_for_two_buffers_are_refused() -> None:
     with pytest.raises(ValidationError, match="leaves no room for two buffers"):
         TransferSpec(part_bytes=256 * MIB)
+
+
+def test_pods_have_no_disk_to_stage_on() -> None:
+    with pytest.raises(ValidationError, match="route=stage wants a disk"):
+        TransferSpec(pods=2, pod_image="worker", route=Route.STAGE)
 
 
 @given(st.integers(0, 2 * 10**12), st.integers(1, 64))

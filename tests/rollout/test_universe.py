@@ -13,6 +13,7 @@ GOOGLE = Universe()
     ("universe", "project", "email"),
     [
         (S3NS, "my-project", "gemma-gsa@my-project.s3ns.iam.gserviceaccount.com"),
+        (S3NS, "s3ns:my-project", "gemma-gsa@my-project.s3ns.iam.gserviceaccount.com"),
         (S3NS, "example.com:proj-one", "gemma-gsa@proj-one.example.com.s3ns.iam.gserviceaccount.com"),
         (GOOGLE, "my-project", "gemma-gsa@my-project.iam.gserviceaccount.com"),
         (GOOGLE, "example.com:proj-one", "gemma-gsa@proj-one.example.com.iam.gserviceaccount.com"),
@@ -26,6 +27,7 @@ def test_service_account_email_follows_universe_and_domain_scope(universe: Unive
     ("universe", "project", "member"),
     [
         (S3NS, "my-project", "serviceAccount:my-project.s3ns.svc.id.goog[default/gemma-ksa]"),
+        (S3NS, "s3ns:my-project", "serviceAccount:my-project.s3ns.svc.id.goog[default/gemma-ksa]"),
         (S3NS, "example.com:proj-one", "serviceAccount:proj-one.example.com.s3ns.svc.id.goog[default/gemma-ksa]"),
         (GOOGLE, "my-project", "serviceAccount:my-project.svc.id.goog[default/gemma-ksa]"),
         (GOOGLE, "example.com:proj-one", "serviceAccount:proj-one.example.com.svc.id.goog[default/gemma-ksa]"),
