@@ -7,6 +7,7 @@ fewer than `max_model_len` tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
@@ -19,6 +20,9 @@ from rollout.values import Value
 ACTIVATION_GIB = 4.0
 """Activations, CUDA graphs and the CUDA context of one GPU: what vLLM's profile run reports for 30B models at 8192
 batched tokens is 2–4 GiB; the upper end."""
+
+LARGE_GPU_BATCH, SMALL_GPU_BATCH, LARGE_GPU_GIB = 8192, 2048, 70.0
+"""Defaults of `--max-num-batched-tokens` for the API server, by the GPU's memory (vLLM, `EngineArgs`)."""
 
 BOOT_DISK_USABLE = 0.9
 """GKE keeps 10 % of a node's boot disk: of the default 100 GiB, 90 GiB are usable (quickstart, troubleshooting)."""
@@ -58,10 +62,16 @@ class ModelShape(Value):
     """Layers that reuse another layer's cache."""
     max_position_embeddings: int
 
-    def kv_bytes(self, tokens: int, *, bytes_per_value: int = 2) -> int:
-        """KV cache of one sequence of `tokens` tokens, in bytes over all GPUs (2 bytes a value: bfloat16)."""
-        full = self.full_attention_layers * tokens * self.full_kv_heads * self.full_head_dim
-        sliding = self.sliding_attention_layers * min(tokens, self.sliding_window) * self.kv_heads * self.head_dim
+    def kv_bytes(self, tokens: int, *, bytes_per_value: int = 2, gpus: int = 1, batched_tokens: int = 1) -> int:
+        """KV cache of one sequence of `tokens` tokens on each of `gpus` GPUs, in bytes (2 bytes a value: bfloat16).
+
+        KV heads are divided over the GPUs, but each GPU has one at least. A sliding layer keeps its window and what one
+        step adds to it: a single token while answering, `batched_tokens` while the prompt is read (vLLM,
+        `SlidingWindowSpec.max_memory_usage_bytes`).
+        """
+        window = min(tokens, max(0, self.sliding_window - 1) + batched_tokens)
+        full = self.full_attention_layers * tokens * math.ceil(self.full_kv_heads / gpus) * self.full_head_dim
+        sliding = self.sliding_attention_layers * window * math.ceil(self.kv_heads / gpus) * self.head_dim
         return 2 * bytes_per_value * (full + sliding)
 
 
@@ -76,7 +86,14 @@ class MemoryFit(Value):
     bytes_per_full_context: int
     max_model_len: int
     full_contexts: float
-    """How many sequences of the whole context window the cache holds; below 1 the engine refuses to start."""
+    """How many sequences of the whole context window the cache holds."""
+    bytes_to_start: int
+    """What vLLM wants for one sequence of the whole context window whose prompt is read in large steps: with a smaller
+    cache the engine refuses to start."""
+
+    @property
+    def starts(self) -> bool:
+        return self.kv_cache_bytes >= self.bytes_to_start > 0
 
     def arithmetic(self) -> str:
         """The sum in words, in GiB per GPU."""
@@ -129,6 +146,15 @@ def kv_bytes_per_value(serving: ServingSpec) -> int:
     return 1 if FP8_FLAGS[1] in serving.extra_args else 2
 
 
+def batched_tokens(serving: ServingSpec, accelerator: AcceleratorType) -> int:
+    """Tokens that one step of the engine reads at most: `--max-num-batched-tokens`, or the API server's default."""
+    for flag in serving.extra_args:
+        name, _, value = flag.partition("=")
+        if name == "--max-num-batched-tokens" and value.isdigit():
+            return int(value)
+    return LARGE_GPU_BATCH if accelerator.memory_gib >= LARGE_GPU_GIB else SMALL_GPU_BATCH
+
+
 def memory_fit(weights_bytes: int, shape: ModelShape, serving: ServingSpec, accelerator: AcceleratorType) -> MemoryFit:
     """The memory of one GPU when the model is served as `serving` asks."""
     split = serving.tensor_parallel_size
@@ -137,10 +163,9 @@ def memory_fit(weights_bytes: int, shape: ModelShape, serving: ServingSpec, acce
     weights = served_weights_bytes(weights_bytes, serving) // split
     cache = usable - weights - activation
     length = serving.max_model_len or shape.max_position_embeddings
-    # KV heads are divided over the GPUs, but never below one head each.
-    per_context = shape.kv_bytes(length, bytes_per_value=kv_bytes_per_value(serving)) // min(
-        split, max(shape.kv_heads, 1)
-    )
+    value = kv_bytes_per_value(serving)
+    per_context = shape.kv_bytes(length, bytes_per_value=value, gpus=split)
+    batched = batched_tokens(serving, accelerator)
     return MemoryFit(
         usable_bytes=usable,
         weights_bytes=weights,
@@ -149,6 +174,7 @@ def memory_fit(weights_bytes: int, shape: ModelShape, serving: ServingSpec, acce
         bytes_per_full_context=per_context,
         max_model_len=length,
         full_contexts=max(0.0, cache / per_context) if per_context else 0.0,
+        bytes_to_start=shape.kv_bytes(length, bytes_per_value=value, gpus=split, batched_tokens=batched),
     )
 
 
@@ -168,12 +194,14 @@ def check_memory(
             f"the weights do not fit: {fit.arithmetic()}",
             f"Set tensor_parallel_size and accelerator.count to {needed} or more, or take a larger accelerator.",
         )
-    if fit.full_contexts < 1:
-        possible = int(fit.max_model_len * fit.full_contexts)
+    if not fit.starts:
+        possible = int(fit.max_model_len * min(1.0, fit.kv_cache_bytes / fit.bytes_to_start))
         return failed(
             name,
-            f"the KV cache does not hold one whole context: {fit.arithmetic()}",
-            f"Lower max_model_len to {possible} or less, or raise tensor_parallel_size and accelerator.count.",
+            f"the KV cache does not hold one whole context ({fit.bytes_to_start / GIB:.1f} GiB while its prompt is"
+            f" read): {fit.arithmetic()}",
+            f"Lower max_model_len to {possible} or less, add --max-num-batched-tokens=2048 to serving.extra_args, or"
+            " raise tensor_parallel_size and accelerator.count.",
         )
     if fit.full_contexts < 2:
         return warning(name, f"hardly any concurrency: {fit.arithmetic()}", "Lower max_model_len or add GPUs.")

@@ -114,9 +114,9 @@ def _fitting(
             return None
         serving = _candidate(accelerator, gpus, flags, context)
         fit = memory_fit(facts.weights_bytes, shape, serving, accelerator)
-        per_request = shape.kv_bytes(tokens, bytes_per_value=kv_bytes_per_value(serving)) / min(gpus, shape.kv_heads)
+        per_request = shape.kv_bytes(tokens, bytes_per_value=kv_bytes_per_value(serving), gpus=gpus)
         sequences = int(fit.kv_cache_bytes / per_request)
-        if fit.full_contexts < FULL_CONTEXTS or sequences < TYPICAL_SEQUENCES:
+        if not fit.starts or fit.full_contexts < FULL_CONTEXTS or sequences < TYPICAL_SEQUENCES:
             continue
         return Sizing(
             accelerator_count=gpus,

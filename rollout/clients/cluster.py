@@ -72,6 +72,15 @@ _SYSTEM_MADE = frozenset({"default", "kube-root-ca.crt", "openshift-service-ca.c
 """Objects that Kubernetes itself, OpenShift and Istio put into every namespace."""
 
 
+_OTHERS_KINDS = (
+    ("apps/v1", "StatefulSet"),
+    ("apps/v1", "DaemonSet"),
+    ("batch/v1", "CronJob"),
+    ("networking.k8s.io/v1", "Ingress"),
+    ("networking.k8s.io/v1", "NetworkPolicy"),
+)
+"""What no rollout makes, and others may have where it is: a namespace that holds it is not deleted with it."""
+
 _SYSTEM_NAMESPACES = ("kube-", "gke-", "gmp-", "custom-metrics")
 """Of Kubernetes, GKE and the metrics adapter: they come and go with the cluster."""
 
@@ -435,6 +444,8 @@ class ClusterClient:
     def _is_autoscaled(self, manifest: KubernetesObject) -> bool:
         if manifest["kind"] != "Deployment":
             return False
+        if "replicas" not in manifest["spec"]:
+            return True  # by an autoscaler that may be applied only after it
         autoscalers = self.api.get(self._path("autoscaling/v2", "HorizontalPodAutoscaler"))["items"]
         return any(scales(autoscaler, manifest) for autoscaler in autoscalers)
 
@@ -488,8 +499,10 @@ class ClusterClient:
     def _path(self, api_version: str, kind: str, name: str | None = None) -> str:
         return self.api.resource(api_version, kind).path(self.target.namespace, name)
 
-    def _list_all(self, query: Mapping[str, str]) -> Iterable[KubernetesObject]:
-        for api_version, kind in INVENTORY_KINDS:
+    def _list_all(
+        self, query: Mapping[str, str], kinds: Sequence[tuple[str, str]] = INVENTORY_KINDS
+    ) -> Iterable[KubernetesObject]:
+        for api_version, kind in kinds:
             try:
                 listing = self.api.get(self._path(api_version, kind), query)
             except NotFound:
@@ -505,9 +518,13 @@ class ClusterClient:
             return "made by somebody else"
         if live["kind"] != "Namespace":
             return ""
+        try:
+            items = [*self._list_all({}), *self._list_all({}, _OTHERS_KINDS)]
+        except PermissionMissing as error:
+            return f"may hold what the caller may not list ({error.summary})"
         foreign = [
             f"{item['kind']} {item['metadata']['name']}"
-            for item in self._list_all({})
+            for item in items
             if item["metadata"].get("namespace") == live["metadata"]["name"]
             and not is_ours(item)
             and item["metadata"]["name"] not in _SYSTEM_MADE

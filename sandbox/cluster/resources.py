@@ -205,6 +205,18 @@ BUILT_IN: tuple[Resource, ...] = (
         zero={"spec": {}},
     ),
     ENDPOINT_SLICE,
+    # Kept, and acted upon by nobody: as in a cluster without a controller of ingresses.
+    Resource(
+        "networking.k8s.io",
+        "v1",
+        "Ingress",
+        "ingresses",
+        short_names=("ing",),
+        model="V1Ingress",
+        subresources=("status",),
+        has_generation=True,
+        zero={"spec": {}},
+    ),
     Resource("coordination.k8s.io", "v1", "Lease", "leases", model="V1Lease", zero={"spec": {}}),
     ROLE,
     ROLE_BINDING,

@@ -338,6 +338,33 @@ def test_an_apply_leaves_an_autoscalers_replicas_alone(client: ClusterClient) ->
     assert live(client, deployment)["spec"]["replicas"] == 2
 
 
+def test_replicas_stay_when_an_autoscaler_takes_them_over(client: ClusterClient) -> None:
+    """Its manifest stands after the Deployment's, which no longer says how many: for a moment nobody would."""
+    manifests = plan(client, replicas=2)
+    client.apply(manifests)
+    deployment = deployment_in(manifests)
+    autoscaled = {**deployment, "spec": {k: v for k, v in deployment["spec"].items() if k != "replicas"}}
+    client.apply([autoscaled])
+    assert live(client, deployment)["spec"]["replicas"] == 2
+
+
+def test_a_namespace_with_something_of_others_is_not_deleted_with_it(client: ClusterClient) -> None:
+    ours = plan(client)
+    client.apply(ours)
+    namespace = namespace_of(client)
+    ingress = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "Ingress",
+        "metadata": {"name": "of-a-colleague", "namespace": client.target.namespace},
+        "spec": {"defaultBackend": {"service": {"name": "theirs", "port": {"number": 80}}}},
+    }
+    path = client.api.resource("networking.k8s.io/v1", "Ingress").path(client.target.namespace)
+    client.api.request("POST", path, {}, ingress)
+    (change,) = client.delete([namespace])
+    assert change.action is Action.ADOPTED
+    assert "Ingress of-a-colleague" in change.detail
+
+
 def test_free_gpus_are_counted_where_pods_may_go(tmp_path: Path) -> None:
     machine = Machine("a3-edgegpu-8g-nolssd", 208, 1872, "nvidia-h100-80gb", 8)
     by_class = {"cloud.google.com/compute-class": "edge"}

@@ -60,6 +60,36 @@ def test_sliding_layers_stop_growing_at_their_window() -> None:
     assert shape.kv_bytes(8192) - shape.kv_bytes(4096) == 2 * 2 * 4096 * 2 * 512
 
 
+def test_kv_heads_are_divided_over_gpus_down_to_one_each() -> None:
+    shape = model_shape(WINDOWED)
+    assert shape is not None
+    # Of two heads of the full layer each of four GPUs has one; of eight heads of the sliding layers two.
+    assert shape.kv_bytes(4096, gpus=4) == 2 * 2 * (5 * 1024 * 2 * 256 + 4096 * 1 * 512)
+
+
+def test_an_engine_starts_only_if_a_prompt_fits_that_is_read_in_large_steps() -> None:
+    """31B on one H100: sliding layers hold window - 1 + 8192 tokens while a prompt is read."""
+    config = {
+        "num_hidden_layers": 60,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "hidden_size": 5376,
+        "sliding_window": 1024,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
+        "max_position_embeddings": 262144,
+    }
+    h100, weights = accelerator("nvidia-h100-80gb"), int(58.3 * GIB)
+    assert check_memory(weights, config, spec(max_model_len=16384), h100).state is not CheckState.FAILED
+    too_long = check_memory(weights, config, spec(max_model_len=81920), h100)
+    assert too_long.state is CheckState.FAILED
+    assert "while its prompt is read" in too_long.why
+    smaller_steps = spec(max_model_len=81920, extra_args=("--max-num-batched-tokens=1024",))
+    assert check_memory(weights, config, smaller_steps, h100).state is not CheckState.FAILED
+
+
 def test_memory_of_one_gpu_adds_up() -> None:
     shape = model_shape(LLAMA_8B)
     assert shape is not None
