@@ -15,6 +15,7 @@ from typing import Any
 from rollout.accelerators import GIB, AcceleratorType
 from rollout.preflight import Check, failed, not_applicable, ok, unknown, warning
 from rollout.serving import ServingSpec, quantity_bytes
+from rollout.target import NodePool
 from rollout.values import Value
 
 ACTIVATION_GIB = 4.0
@@ -28,6 +29,10 @@ BOOT_DISK_USABLE = 0.9
 """GKE keeps 10 % of a node's boot disk: of the default 100 GiB, 90 GiB are usable (quickstart, troubleshooting)."""
 
 DEFAULT_BOOT_DISK_GIB = 100
+
+_WITH_LOCAL_SSD = ("a3-highgpu", "a3-megagpu", "a3-ultragpu", "a2-ultragpu", "a4-highgpu")
+"""Machine types that come with local SSDs, which GKE uses for ephemeral storage:
+https://cloud.google.com/kubernetes-engine/docs/concepts/local-ssd"""
 
 MEMORY_MOUNT = "/dev/shm"  # the emptyDir of deployment.yaml
 SERVER_MEMORY_GIB = 16.0
@@ -262,6 +267,34 @@ def check_ephemeral_storage(
         f" {_memory_for(weights_bytes)}Gi; or on a larger disk: serving.accelerator.boot_disk_gib {disk_gib} (Standard:"
         f" target.cluster.node_pool.boot_disk_gib) with serving.resources.ephemeral_storage"
         f" {int(weights_bytes / GIB) + 10}Gi; or stream with vLLM's own image and serving.load_format runai_streamer.",
+    )
+
+
+def schedulable_gib(boot_disk_gib: float) -> float:
+    """What pods may *request* of a boot disk: GKE reserves far more than the 10 % of which files keep clear.
+
+    https://cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes: the eviction threshold (10 %) and
+    min(50 %, 6 GiB + 35 %, 100 GiB) for the system; of 100 GiB 49 are left.
+    """
+    return 0.9 * boot_disk_gib - min(0.5 * boot_disk_gib, 6 + 0.35 * boot_disk_gib, 100.0)
+
+
+def check_ephemeral_request(serving: ServingSpec, pool: NodePool) -> Check:
+    """Whether a node of the pool can ever hold the pod's request for ephemeral storage: else it stays Pending."""
+    name = "disk request fits on a node"
+    if pool.machine_type.startswith(_WITH_LOCAL_SSD):
+        return not_applicable(name, f"{pool.machine_type} has local SSDs, which count instead of the boot disk")
+    wanted = quantity_bytes(serving.resources.ephemeral_storage) / GIB
+    there = schedulable_gib(pool.boot_disk_gib)
+    if wanted <= there:
+        return ok(name, f"{wanted:.0f} of {there:.0f} GiB")
+    enough = next(size for size in range(pool.boot_disk_gib, 100_000, 10) if schedulable_gib(size) >= wanted)
+    return failed(
+        name,
+        f"the pod requests {wanted:.0f} GiB, and of a boot disk of {pool.boot_disk_gib} GiB GKE gives pods {there:.0f}:"
+        " it would stay Pending",
+        f"Set target.cluster.node_pool.boot_disk_gib to {enough} or more, or lower"
+        " serving.resources.ephemeral_storage.",
     )
 
 

@@ -32,6 +32,7 @@ from rollout.errors import ApiDisabled, PermissionMissing, RolloutError, Transie
 from rollout.fit import (
     DEFAULT_BOOT_DISK_GIB,
     check_context_window,
+    check_ephemeral_request,
     check_ephemeral_storage,
     check_memory,
     weights_copy,
@@ -441,6 +442,9 @@ def _check_fit(observer: _Observer, model: PinnedModel, serving: ServingSpec, co
             model.total_bytes, serving, copy, boot_disk_gib=_boot_disk_gib(serving, observer.target)
         )
     )
+    pool = observer.target.cluster.node_pool
+    if pool is not None and not uses_compute_class(serving, observer.target):
+        observer.checks.append(check_ephemeral_request(serving, pool))
 
 
 def _boot_disk_gib(serving: ServingSpec, target: Target) -> int | None:

@@ -8,6 +8,7 @@ from rollout.errors import BadInput
 from rollout.fit import (
     WeightsCopy,
     check_context_window,
+    check_ephemeral_request,
     check_ephemeral_storage,
     check_memory,
     memory_fit,
@@ -16,6 +17,7 @@ from rollout.fit import (
 )
 from rollout.preflight import CheckState
 from rollout.serving import ServingSpec
+from rollout.target import NodePool
 
 LLAMA_8B = {
     "num_hidden_layers": 32,
@@ -58,6 +60,24 @@ def test_sliding_layers_stop_growing_at_their_window() -> None:
     sliding = 2 * 2 * 5 * 1024 * 8 * 256
     assert shape.kv_bytes(4096) == sliding + 2 * 2 * 1 * 4096 * 2 * 512
     assert shape.kv_bytes(8192) - shape.kv_bytes(4096) == 2 * 2 * 4096 * 2 * 512
+
+
+@pytest.mark.parametrize(
+    ("pool", "state"),
+    [
+        (NodePool(machine_type="g2-standard-12"), CheckState.FAILED),
+        (NodePool(machine_type="g2-standard-12", boot_disk_gib=160), CheckState.OK),
+        (NodePool(machine_type="a3-highgpu-8g"), CheckState.NOT_APPLICABLE),
+    ],
+)
+def test_a_request_that_no_boot_disk_of_the_pool_can_hold_is_told_before_it_stays_pending(
+    pool: NodePool, state: CheckState
+) -> None:
+    check = check_ephemeral_request(spec(), pool)
+    assert check.state is state
+    if state is CheckState.FAILED:
+        assert "requests 80 GiB, and of a boot disk of 100 GiB GKE gives pods 49" in check.why
+        assert "boot_disk_gib to 160" in check.resolution
 
 
 def test_kv_heads_are_divided_over_gpus_down_to_one_each() -> None:
