@@ -181,12 +181,17 @@ def tour(page: Browser, ui: str, deployments: dict[str, str]) -> None:
     wait_until_completed(run)
     page.open(f"{ui}/runs/flow-run/{run}", f"{MODEL} → rehearsal", "Completed", "Retry")
     page.picture("run")
-    for key, text in (("rollout-report", "Timeline"), ("plan", "cost while running"), ("start-up-waterfall", "image")):
-        page.resize(1300 if key == "rollout-report" else HEIGHT)
+    for key, text in (
+        ("rollout-report", "Timeline"),
+        ("plan", "cost while running"),
+        ("start-up-waterfall", "image"),
+        ("benchmark", "knee"),
+    ):
+        page.resize(1300 if key in ("rollout-report", "benchmark") else HEIGHT)
         page.open(f"{ui}/artifacts/artifact/{artifact(run, key)}", text)
         page.picture(key.removeprefix("rollout-"))
     page.resize(HEIGHT)
-    page.open(f"{ui}/deployments", "rollout-model", "plan-model")  # at the end, when the worker is known to be there
+    page.open(f"{ui}/deployments", "rollout-model", "s3ns-france")  # at the end, when the worker is known to be there
     page.picture("deployments")
 
 
