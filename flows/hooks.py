@@ -70,7 +70,7 @@ def _clean_up(target: Target, run_id: str, what: str) -> None:
     for record in records:
         # What is done stays: a run may die after its verdict, and before the server knows of it.
         if record.run_id == run_id and record.verdict is not Verdict.DONE and take_back(record):
-            why = f"{what}; everything was led back to what served before"
+            why = f"{record.error or what}; everything was led back to what served before"
             RecordStore(target).write(record.model_copy(update={"verdict": Verdict.ROLLED_BACK, "error": why}))
     others = [record.run_id for record in records if record.run_id != run_id]
     for item in abandoned(records, (), others, utc_now(), grace=_AT_ONCE):

@@ -145,24 +145,33 @@ def test_the_cluster_pool_has_our_template(target: Target, client: SyncPrefectCl
     assert variables["env"]["default"]["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "crash"
 
 
-def test_the_pools_image_is_set_whenever_it_is_given_and_nothing_else_of_the_pool(
-    target: Target, client: SyncPrefectClient
-) -> None:
-    def template() -> dict[str, Any]:
+@pytest.fixture
+def pool_template(target: Target, client: SyncPrefectClient) -> Iterator[Callable[[], dict[str, Any]]]:
+    """The cluster pool's base job template as it is; afterwards it is again what other tests of the server expect."""
+
+    def read() -> dict[str, Any]:
         return client.read_work_pool(CLUSTER_POOL).base_job_template
 
     bootstrap([target])
-    changed = template()
+    before = read()
+    yield read
+    client.update_work_pool(CLUSTER_POOL, WorkPoolUpdate(base_job_template=before))
+
+
+def test_the_pools_image_is_set_whenever_it_is_given_and_nothing_else_of_the_pool(
+    target: Target, client: SyncPrefectClient, pool_template: Callable[[], dict[str, Any]]
+) -> None:
+    changed = pool_template()
     changed["variables"]["properties"]["image"]["default"] = "registry/worker:1"
     changed["variables"]["properties"]["namespace"]["default"] = "somewhere-else"
     client.update_work_pool(CLUSTER_POOL, WorkPoolUpdate(base_job_template=changed))
 
     bootstrap([target])
-    assert template() == changed
+    assert pool_template() == changed
     (updated,) = [change for change in bootstrap([target], image="registry/worker:2") if change.name == CLUSTER_POOL]
     assert (updated.action, updated.detail) == (Action.UPDATED, "image registry/worker:2")
     changed["variables"]["properties"]["image"]["default"] = "registry/worker:2"
-    assert template() == changed
+    assert pool_template() == changed
     (same,) = [change for change in bootstrap([target], image="registry/worker:2") if change.name == CLUSTER_POOL]
     assert same.action is Action.UNCHANGED
 
