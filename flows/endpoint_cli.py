@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from rollout.errors import ExitCode
 
 if TYPE_CHECKING:
     from rollout.benchmark import BenchmarkReport
-    from rollout.history import CurveRecord
+    from rollout.history import CurveRecord, HistoryStore
     from rollout.objectives import Objectives
     from rollout.smoke import Capabilities, SmokeResult
     from rollout.workload import Workload
@@ -99,9 +100,10 @@ def benchmark(
     from rollout.answers import answers_of
     from rollout.benchmark import BenchmarkSpec
     from rollout.catalog import validated
+    from rollout.clients.history import FolderHistory
     from rollout.clients.loadgen import describe, run_benchmark
     from rollout.cost import Price, cost_at_knee
-    from rollout.history import yardstick
+    from rollout.history import records_of, yardstick
     from rollout.objectives import Objectives, judge
     from rollout.profile_formats import text_table
     from rollout.show import cost_sentence
@@ -141,14 +143,16 @@ def benchmark(
         typer.echo(cost_sentence(cost))
     for note in measured.notes:
         typer.echo(f"note: {note}")
-    baseline = yardstick(_earlier(measured, history), measured)
+    store = FolderHistory(history)
+    earlier = records_of(store, measured.spec.workload.key)
+    baseline = yardstick(earlier, measured)
     verdict = judge(wanted, measured.stages, cost=cost, baseline=baseline.report.stages if baseline else ())
     if objectives is not None:
         typer.echo(verdict.summary())
     if pictures is not None:
         _draw(measured, wanted, pictures)
     if keep:
-        _keep(measured, history, good=verdict.met)
+        _keep(measured, store, earlier, good=verdict.met)
     typer.echo(f"the report is in {report}")
     if objectives is not None and not verdict.met:
         raise typer.Exit(int(ExitCode.OBJECTIVES_MISSED))
@@ -190,16 +194,6 @@ def _require_writable(report: Path, *folders: Path) -> None:
             raise BadInput(f"cannot write there: {error.strerror}.", where=str(folder)) from error
 
 
-def _earlier(measured: BenchmarkReport, folder: Path) -> list[CurveRecord]:
-    """The kept curves that `measured` may be compared with, oldest first."""
-    from rollout.clients.history import FolderHistory
-    from rollout.history import CurveRecord, records_of
-
-    record = CurveRecord(report=measured)
-    earlier = records_of(FolderHistory(folder), measured.spec.workload.key)
-    return [each for each in earlier if each.is_comparable_with(record)]
-
-
 def _draw(measured: BenchmarkReport, wanted: Objectives, folder: Path) -> None:
     from rollout.pictures import curve_pictures
 
@@ -209,17 +203,16 @@ def _draw(measured: BenchmarkReport, wanted: Objectives, folder: Path) -> None:
     typer.echo(f"the pictures are in {folder}")
 
 
-def _keep(measured: BenchmarkReport, folder: Path, *, good: bool) -> None:
-    """Keep the curve, and say how it differs from the last one that may be compared."""
-    from rollout.clients.history import FolderHistory
+def _keep(measured: BenchmarkReport, store: HistoryStore, earlier: Sequence[CurveRecord], *, good: bool) -> None:
+    """Keep the curve, and say how it differs from the last of the earlier ones that may be compared."""
     from rollout.history import compare, keep, record_to_keep
     from rollout.profile_formats import text_table
 
-    comparable = _earlier(measured, folder)
-    record = record_to_keep(comparable, measured, good=good, run_name="llm-rollout benchmark")
+    record = record_to_keep(earlier, measured, good=good, run_name="llm-rollout benchmark")
     if record is None:
         return
-    keep(FolderHistory(folder), record)
+    keep(store, record)
+    comparable = [each for each in earlier if each.is_comparable_with(record)]
     if comparable:
         rows = compare(comparable[-1], record).table()
         typer.echo(f"\nagainst the curve of {comparable[-1].report.started_at:%Y-%m-%d %H:%M} UTC:")

@@ -272,7 +272,7 @@ class HubFile:
             with self._hub.get(url, byte_range) as response:
                 location = self._redirected_to(url, response)
                 if location is None:
-                    self._check(response, start, len(view), link, was_known=link is not None and link == known)
+                    self._check(response, start, len(view), link, was_known=link == known)
                     yield from self._receive(response, view)
                     return
             url = location

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -53,7 +52,17 @@ from sandbox.faults import (
 )
 from sandbox.hub import HubServer, HubToken
 from sandbox.shaping import Shape
-from tests.clients.weights_place import BUCKET, MIB, SPEC, WeightsPlace, model_files, on_hub, on_storage, start
+from tests.clients.weights_place import (
+    BUCKET,
+    MIB,
+    SPEC,
+    WeightsPlace,
+    model_files,
+    on_hub,
+    on_storage,
+    renewed_elsewhere,
+    start,
+)
 
 PlaceMaker = Callable[..., WeightsPlace]
 
@@ -524,32 +533,11 @@ def test_an_unproven_object_in_other_parts_does_not_hide_the_proven_one(make_pla
 # Two writers
 
 
-@contextlib.contextmanager
-def renewed_elsewhere(place: WeightsPlace, name: str, **claim: Any) -> Iterator[None]:
-    """A claim that somebody renews while the block runs."""
-    ended = threading.Event()
-
-    def renew() -> None:
-        while not ended.is_set():
-            place.client.write_json(name, {"host": "elsewhere", "pid": 1, "writer": "0", "ttl_s": 2.0, **claim})
-            ended.wait(0.2)
-
-    writer = threading.Thread(target=renew)
-    writer.start()
-    try:
-        while name not in place.names():
-            time.sleep(0.02)
-        yield
-    finally:
-        ended.set()
-        writer.join()
-
-
 def test_a_process_of_the_same_number_in_another_container_is_not_taken_for_dead(place: WeightsPlace) -> None:
     pinned = place.pin()
     name = f"{place.prefix(pinned)}{WORK_FOLDER}writer.json"
     ours = {"host": socket.gethostname(), "pid": os.getpid(), "ids_of": "of the other container", "started": "1"}
-    with renewed_elsewhere(place, name, **ours), pytest.raises(AnotherWriter):
+    with renewed_elsewhere(place.client, name, **ours), pytest.raises(AnotherWriter):
         place.publish(pinned)
 
 
@@ -558,7 +546,7 @@ def test_pods_that_still_write_are_not_disturbed(place: WeightsPlace) -> None:
     folder = f"{place.prefix(pinned)}{WORK_FOLDER}"
     place.client.write_json(f"{folder}incoming/0.1", {"of": "a pod"})
     place.client.write_json(f"{folder}writer-0-of-2.json", {"host": "dead", "pid": 1, "writer": "1", "ttl_s": 0.5})
-    with renewed_elsewhere(place, f"{folder}writer-1-of-2.json"):
+    with renewed_elsewhere(place.client, f"{folder}writer-1-of-2.json"):
         with pytest.raises(AnotherWriter):
             place.publish(pinned)
         with pytest.raises(AnotherWriter):

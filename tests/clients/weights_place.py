@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,27 @@ def on_hub(fault: Fault, **more: Any) -> FaultRule:
 def on_storage(fault: Fault, **more: Any) -> FaultRule:
     """A rule for uploaded parts."""
     return FaultRule(fault=fault, **{"method": "PUT", "path": "partNumber", **more})
+
+
+@contextlib.contextmanager
+def renewed_elsewhere(storage: StorageClient, name: str, **claim: Any) -> Iterator[None]:
+    """A claim that somebody renews while the block runs."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.is_set():
+            storage.write_json(name, {"host": "elsewhere", "pid": 1, "writer": "0", "ttl_s": 2.0, **claim})
+            ended.wait(0.2)
+
+    writer = threading.Thread(target=renew)
+    writer.start()
+    try:
+        while storage.find(name) is None:
+            time.sleep(0.02)
+        yield
+    finally:
+        ended.set()
+        writer.join()
 
 
 def start(folder: Path, **hub_options: Any) -> tuple[HubServer, StorageServer]:

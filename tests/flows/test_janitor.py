@@ -37,6 +37,7 @@ from tasks import limits
 from tasks.janitor import PAGE, SILENCE, START_PATIENCE
 from tasks.limits import target_alone_after
 from tasks.outcomes import OUTCOME_EVENT_PREFIX
+from tests.clients.weights_place import renewed_elsewhere
 from tests.flows.command_line import DEADLINE_S, wait_for
 from tests.flows.conftest import Stage
 from tests.flows.zombies import zombies
@@ -140,22 +141,8 @@ def test_a_transfer_that_is_going_on_is_left_alone(stage: Stage) -> None:
     storage = StorageClient(stage.target)
     storage.ensure_bucket()
     claim = f"org/model/0123/{WORK_FOLDER}writer.json"
-    ended = threading.Event()
-
-    def write_elsewhere() -> None:
-        holder = {"host": "elsewhere", "pid": 1, "writer": "0", "ttl_s": 2.0}
-        while not ended.is_set():
-            storage.write_json(claim, holder)
-            ended.wait(0.2)
-
-    writer = threading.Thread(target=write_elsewhere)
-    writer.start()
-    try:
-        wait_for(lambda: bool(find_leftovers(stage.target)))
+    with renewed_elsewhere(storage, claim):
         janitor(str(stage.target_file), transfers_after_days=0)
-    finally:
-        ended.set()
-        writer.join()
     assert [change.name for change in find_leftovers(stage.target)] == [f"gs://{stage.target.bucket}/{claim}"]
     storage.delete_prefix("org/")
 
